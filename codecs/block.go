@@ -1,0 +1,627 @@
+package codecs
+
+import (
+	"encoding/binary"
+	"math/bits"
+	"slices"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/zeebo/xxh3"
+
+	"bigsmall.dev/bigsmall/codecs/planes"
+	"bigsmall.dev/bigsmall/codecs/rans"
+)
+
+// This file alone knows the bytes of a block; SPEC.md draws them.
+
+const (
+	blockHead = 4 // kind and three zero bytes
+	planeHead = 8 // kind, zero, u16 patches, u32 size
+)
+
+// Kinds of blocks.
+const (
+	blockStored = iota // the source's bytes
+	blockCoded         // planes, field by field
+	blockZstd          // the source's bytes in one zstd frame
+	endBlock
+)
+
+// Kinds of planes.
+const (
+	planeRaw      = iota // one byte a symbol
+	planeConstant        // one symbol, patches apart
+	planeRANS            // states and words
+	planeZstd            // one byte a symbol, in one zstd frame
+	endPlane
+)
+
+// Scratch is the reusable memory of one goroutine; it has no meaning between calls.
+type Scratch struct {
+	words, base    []uint64
+	sym, mant      []uint16
+	rest           []uint16
+	bytes, classes []uint8
+	stream         []byte
+	plane, coded   []byte
+	patches        []rans.Patch
+	decoder        *zstd.Decoder
+	encoders       map[zstd.EncoderLevel]*zstd.Encoder
+	check          []byte
+	raw, rawBase   []byte
+}
+
+// NewScratch allocates nothing yet.
+func NewScratch() *Scratch { return &Scratch{} }
+
+// room gives the slice n elements, with any content.
+func room[T any](s *[]T, n int) []T {
+	if cap(*s) < n {
+		*s = make([]T, n)
+	}
+	return (*s)[:n]
+}
+
+func (s *Scratch) zstdDecode(dst, src []byte) error {
+	if s.decoder == nil {
+		var err error
+		s.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true),
+			zstd.WithDecoderMaxMemory(BlockWords*8), zstd.WithDecoderLowmem(true))
+		if err != nil {
+			return errorf(Internal, "zstd: %s", err)
+		}
+	}
+	out, err := s.decoder.DecodeAll(src, dst[:0:len(dst)])
+	if err != nil || len(out) != len(dst) {
+		return corrupt("zstd frame of %d bytes does not hold %d", len(src), len(dst))
+	}
+	return nil
+}
+
+func (s *Scratch) zstdEncode(dst, src []byte, level zstd.EncoderLevel) []byte {
+	e := s.encoders[level]
+	if e == nil {
+		var err error
+		e, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
+			zstd.WithWindowSize(BlockWords*8), zstd.WithLowerEncoderMem(true))
+		if err != nil {
+			panic(err) // constant options
+		}
+		if s.encoders == nil {
+			s.encoders = map[zstd.EncoderLevel]*zstd.Encoder{}
+		}
+		s.encoders[level] = e
+	}
+	return e.EncodeAll(src, dst)
+}
+
+// DecodeBlock verifies and decodes block i from src into dst, both of exactly the block's size. base holds the base
+// tensor's bytes of the block where NeedsBase.
+func (p *Payload) DecodeBlock(i int, dst, src, base []byte, s *Scratch) error {
+	if got := xxh3.Hash(src); got != p.hash[i] {
+		return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", i, p.Blocks(), got, p.hash[i])
+	}
+	return p.decodeBlock(i/GroupBlocks, dst, src, base, s)
+}
+
+func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error {
+	n := len(dst) / f.word
+	if src[1]|src[2]|src[3] != 0 || src[0] >= endBlock {
+		return corrupt("kind %d of a block", src[0])
+	}
+	body := src[blockHead:]
+	switch src[0] {
+	case blockStored:
+		if len(body) < len(dst) {
+			return corrupt("stored block of %d bytes for %d", len(body), len(dst))
+		}
+		copy(dst, body)
+		return zeroPadding(body[len(dst):])
+	case blockZstd:
+		if len(body) < 4 || int64(binary.LittleEndian.Uint32(body)) > int64(len(body)-4) {
+			return corrupt("zstd block of %d bytes", len(body))
+		}
+		frame := body[4:][:binary.LittleEndian.Uint32(body)]
+		if err := s.zstdDecode(dst, frame); err != nil {
+			return err
+		}
+		return zeroPadding(body[4+len(frame):])
+	}
+	if f.transform == BaseDiff {
+		return f.decodeDiff(dst, body, base, s)
+	}
+	if len(f.fields) == 0 {
+		return corrupt("coded block of a payload without fields")
+	}
+	sym := room(&s.sym, n)
+	if f.direct() {
+		x := f.fields[0]
+		packed, body, err := f.decodePlane(0, sym, nil, group, body, s)
+		if err != nil {
+			return err
+		}
+		x.JoinDirect(dst, sym, packed, f.word, f.shift)
+		return zeroPadding(body)
+	}
+	words := room(&s.words, n)
+	clear(words)
+	mant, rest := room(&s.mant, n), room(&s.rest, n)
+	for i, x := range f.fields {
+		var packed []byte
+		var err error
+		if packed, body, err = f.decodePlane(i, sym, mant, group, body, s); err != nil {
+			return err
+		}
+		if x.Rest > 0 {
+			planes.Unpack(rest, packed, x.Rest)
+		}
+		x.Join(words, sym, mant, rest)
+	}
+	if !f.undo(words) {
+		return corrupt("index outside the palette")
+	}
+	planes.Store(dst, words, f.word, 0)
+	return zeroPadding(body)
+}
+
+// direct says that the one field can be joined straight into the destination.
+func (f *Format) direct() bool {
+	return f.transform == Plain && len(f.fields) == 1 && f.fields[0].Mant == 0 && f.word <= 2
+}
+
+func zeroPadding(b []byte) error {
+	if len(b) >= Align+8 {
+		return corrupt("%d bytes too many in a block", len(b))
+	}
+	for _, v := range b {
+		if v != 0 {
+			return corrupt("padding of a block is not zero")
+		}
+	}
+	return nil
+}
+
+// take cuts n bytes and their padding to four off body.
+func take(body []byte, n int) (head, tail []byte, err error) {
+	if n > len(body) {
+		return nil, nil, corrupt("block ends %d bytes too early", n-len(body))
+	}
+	head, tail = body[:n], body[n:]
+	pad := min(-n&3, len(tail))
+	for _, v := range tail[:pad] {
+		if v != 0 {
+			return nil, nil, corrupt("padding inside a block is not zero")
+		}
+	}
+	return head, tail[pad:], nil
+}
+
+// decodePlane decodes the parts of field i, the rest still packed, and returns what follows in the block.
+func (f *Format) decodePlane(i int, sym, mant []uint16, group int, body []byte, s *Scratch) (packed, tail []byte, err error) {
+	x := f.fields[i]
+	m := f.sym[i]
+	var tables []*rans.Decoder
+	if len(m.tables) > 0 {
+		tables = m.expand()[m.choice[group]:]
+	}
+	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, body, s); err != nil {
+		return nil, nil, err
+	}
+	if x.Mant > 0 {
+		m := f.mant[i]
+		classes, shift := room(&s.classes, len(sym)), classShift(x.Sym)
+		for k, v := range sym {
+			classes[k] = m.classes[v>>shift]
+		}
+		if body, err = decodeSymbols(mant, uint(x.Mant), m.expand(), classes, body, s); err != nil {
+			return nil, nil, err
+		}
+	}
+	return take(body, planes.PackedLen(len(sym), x.Rest))
+}
+
+// decodeSymbols decodes one plane.
+func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, body []byte, s *Scratch) ([]byte, error) {
+	head, body, err := take(body, planeHead)
+	if err != nil {
+		return nil, err
+	}
+	kind, patches, size := head[0], int(binary.LittleEndian.Uint16(head[2:])), int64(binary.LittleEndian.Uint32(head[4:]))
+	if kind >= endPlane || head[1] != 0 || patches > 0 && (kind == planeRaw || kind == planeZstd) {
+		return nil, corrupt("kind %d of a plane", kind)
+	}
+	if size > int64(len(body)) && kind != planeConstant {
+		return nil, corrupt("plane of %d with %d bytes left", size, len(body))
+	}
+	var data []byte
+	switch kind {
+	case planeRaw, planeZstd:
+		if symBits > 8 || kind == planeRaw && size != 0 {
+			return nil, corrupt("plane of bytes with %d bits a symbol and size %d", symBits, size)
+		}
+		raw := room(&s.bytes, len(sym))
+		if kind == planeRaw {
+			raw, body, err = take(body, len(sym))
+		} else if data, body, err = take(body, int(size)); err == nil {
+			err = s.zstdDecode(raw, data)
+		}
+		if err != nil {
+			return nil, err
+		}
+		for i, b := range raw {
+			if b>>symBits != 0 {
+				return nil, corrupt("symbol %d of %d bits", b, symBits)
+			}
+			sym[i] = uint16(b)
+		}
+		return body, nil
+	case planeConstant:
+		if size >= 1<<symBits {
+			return nil, corrupt("symbol %d of %d bits", size, symBits)
+		}
+		for i := range sym {
+			sym[i] = uint16(size)
+		}
+	case planeRANS:
+		if tables == nil {
+			return nil, corrupt("coded plane without a table")
+		}
+		if data, body, err = take(body, rans.StateBytes+2*int(size)); err != nil {
+			return nil, err
+		}
+		if err := rans.Decode(sym, data, tables, classes); err != nil {
+			return nil, corrupt("%s", err)
+		}
+	}
+	if data, body, err = take(body, 4*patches); err != nil {
+		return nil, err
+	}
+	last := -1
+	for k := range patches {
+		at, v := int(binary.LittleEndian.Uint16(data[2*k:])), binary.LittleEndian.Uint16(data[2*(patches+k):])
+		if at <= last || at >= len(sym) || uint(v) >= 1<<symBits {
+			return nil, corrupt("patch %d sets symbol %d to %d", k, at, v)
+		}
+		sym[at], last = v, at
+	}
+	return body, nil
+}
+
+// decodeDiff decodes a block of differences to a base.
+func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
+	if len(base) != len(dst) {
+		return errorf(Internal, "base of %d bytes for a block of %d", len(base), len(dst))
+	}
+	n, width := len(dst)/f.word, f.width()
+	sym, words, from := room(&s.sym, n), room(&s.words, n), room(&s.base, n)
+	planes.Load(from, base, f.word, 0)
+	var tables []*rans.Decoder
+	if len(f.sym[0].tables) > 0 {
+		tables = f.sym[0].expand()
+	}
+	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), body, s)
+	if err != nil {
+		return err
+	}
+	total := 0
+	for _, b := range sym {
+		if uint(b) > width {
+			return corrupt("difference of %d bits", b)
+		}
+		total += max(int(b)-1, 0)
+	}
+	raw, body, err := take(body, (total+7)/8)
+	if err != nil {
+		return err
+	}
+	r := bitReader{src: raw}
+	for i, b := range sym {
+		z := uint64(0)
+		if b > 0 {
+			z = 1<<(b-1) | r.get(uint(b-1))
+		}
+		if f.float {
+			words[i] = unordered((ordered(from[i], width)+unzigzag(z, width))&(^uint64(0)>>(64-width)), width)
+		} else {
+			words[i] = from[i] + unzigzag(z, width)
+		}
+	}
+	planes.Store(dst, words, f.word, 0)
+	return zeroPadding(body)
+}
+
+// baseClasses looks up the class of every word of the base: by its top eight bits after the sign, the exponent of most
+// floats.
+func (f *Format) baseClasses(base []uint64, s *Scratch) []uint8 {
+	classes, shift := room(&s.classes, len(base)), f.baseShift()
+	m := f.sym[0].classes
+	for i, b := range base {
+		classes[i] = m[uint8(b>>shift)]
+	}
+	return classes
+}
+
+func (f *Format) baseShift() uint {
+	w := f.width()
+	return w - min(w, 9)
+}
+
+type bitReader struct {
+	src []byte
+	acc uint64
+	n   uint
+}
+
+// get takes n bits, at most 63; past the end they are zero.
+func (r *bitReader) get(n uint) uint64 {
+	if n > 32 {
+		low := r.get(32)
+		return low | r.get(n-32)<<32
+	}
+	for r.n < n {
+		if len(r.src) == 0 {
+			r.n = 64
+			break
+		}
+		if len(r.src) >= 4 {
+			r.acc |= uint64(binary.LittleEndian.Uint32(r.src)) << r.n
+			r.src, r.n = r.src[4:], r.n+32
+			continue
+		}
+		r.acc |= uint64(r.src[0]) << r.n
+		r.src, r.n = r.src[1:], r.n+8
+	}
+	v := r.acc & (1<<n - 1)
+	r.acc >>= n
+	r.n -= n
+	return v
+}
+
+// plan is what an encoder decided about one plane, beside its tables.
+type plan struct {
+	zstd bool // try zstd where symbols are bytes
+	rans bool // try the coder
+}
+
+// encodeBlock appends the block of the words in raw, group g of the payload. It keeps the smallest of the ways that the
+// format and the plans allow.
+func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []plan, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
+	start, n := len(dst), len(raw)/f.word
+	if f.transform == BaseDiff {
+		dst = f.encodeDiff(append(dst, blockCoded, 0, 0, 0), raw, base, s)
+	} else if len(f.fields) > 0 {
+		dst = append(dst, blockCoded, 0, 0, 0)
+		words := room(&s.words, n)
+		planes.Load(words, raw, f.word, 0)
+		f.apply(words)
+		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
+		for i, x := range f.fields {
+			x.Split(sym, mant, rest, words)
+			var tables []*rans.Encoder
+			if m := f.sym[i]; plans[i].rans && len(m.tables) > 0 {
+				tables = m.encode(uint(x.Sym))[m.choice[group]:]
+			}
+			dst = encodeSymbols(dst, sym, uint(x.Sym), tables, nil, plans[i].zstd, level, s)
+			if x.Mant > 0 {
+				m := f.mant[i]
+				classes, shift := room(&s.classes, n), classShift(x.Sym)
+				for k, v := range sym {
+					classes[k] = m.classes[v>>shift]
+				}
+				dst = encodeSymbols(dst, mant, uint(x.Mant), m.encode(uint(x.Mant)), classes, false, level, s)
+			}
+			if x.Rest > 0 {
+				dst = pad(planes.Pack(dst, rest, x.Rest), start, 4)
+			}
+		}
+	}
+	size := len(dst) - start
+	if stored := blockHead + len(raw); size == 0 || size > stored {
+		size = stored
+		dst = append(dst[:start], blockStored, 0, 0, 0)
+		dst = append(dst, raw...)
+	}
+	if whole {
+		s.stream = s.zstdEncode(s.stream[:0], raw, level)
+		if blockHead+4+len(s.stream) < size {
+			dst = append(dst[:start], blockZstd, 0, 0, 0)
+			dst = binary.LittleEndian.AppendUint32(dst, uint32(len(s.stream)))
+			dst = append(dst, s.stream...)
+		}
+	}
+	return pad(dst, start, 8)
+}
+
+// encode prepares the tables for encoding values of symBits.
+func (m *model) encode(symBits uint) []*rans.Encoder {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.encoders == nil {
+		for _, t := range m.tables {
+			m.encoders = append(m.encoders, rans.NewEncoder(t, symBits))
+		}
+	}
+	return m.encoders
+}
+
+// encodeSymbols appends one plane in its smallest form.
+func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encoder, classes []uint8, tryZstd bool,
+	level zstd.EncoderLevel, s *Scratch) []byte {
+	n, start := len(sym), len(dst)
+	header := func(kind uint8, patches, size int) {
+		dst = append(dst[:start], kind, 0)
+		dst = binary.LittleEndian.AppendUint16(dst, uint16(patches))
+		dst = binary.LittleEndian.AppendUint32(dst, uint32(size))
+	}
+	common := commonest(sym)
+	others := 0
+	for _, v := range sym {
+		if v != common {
+			others++
+		}
+	}
+	best, kind := 4*others, uint8(planeConstant)
+	if others == n { // cannot be: common is one of sym
+		panic("codecs: no commonest symbol")
+	}
+	if symBits <= 8 && n < best {
+		best, kind = n, planeRaw
+	}
+	if best <= rans.StateBytes {
+		tables, tryZstd = nil, false
+	}
+	s.patches = s.patches[:0]
+	if tables != nil {
+		idx := room(&s.bytes, n)
+		if classes == nil {
+			s.patches = tables[0].Map(idx, sym, s.patches)
+		} else {
+			s.patches = mapClasses(idx, sym, tables, classes, s.patches)
+		}
+		if 4*len(s.patches) < best {
+			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, room(&s.plane, 2*n))
+			if size := len(s.coded) + 4*len(s.patches); size < best {
+				best, kind = size, planeRANS
+			}
+		}
+	}
+	if tryZstd && symBits <= 8 {
+		raw := room(&s.bytes, n)
+		for i, v := range sym {
+			raw[i] = uint8(v)
+		}
+		s.stream = s.zstdEncode(s.stream[:0], raw, level)
+		if len(s.stream) < best {
+			kind = planeZstd
+		}
+	}
+	switch kind {
+	case planeRaw:
+		header(planeRaw, 0, 0)
+		for _, v := range sym {
+			dst = append(dst, uint8(v))
+		}
+	case planeZstd:
+		header(planeZstd, 0, len(s.stream))
+		dst = append(dst, s.stream...)
+	case planeConstant:
+		s.patches = s.patches[:0]
+		for i, v := range sym {
+			if v != common {
+				s.patches = append(s.patches, rans.Patch{At: uint16(i), Value: v})
+			}
+		}
+		header(planeConstant, others, int(common))
+	case planeRANS:
+		header(planeRANS, len(s.patches), (len(s.coded)-rans.StateBytes)/2)
+		dst = append(dst, s.coded...)
+	}
+	dst = pad(dst, start, 4)
+	if kind == planeConstant || kind == planeRANS {
+		for _, p := range s.patches {
+			dst = binary.LittleEndian.AppendUint16(dst, p.At)
+		}
+		for _, p := range s.patches {
+			dst = binary.LittleEndian.AppendUint16(dst, p.Value)
+		}
+	}
+	return dst
+}
+
+// commonest is a majority vote (Boyer and Moore): the symbol that more than half of sym are, if there is one.
+func commonest(sym []uint16) uint16 {
+	v, votes := sym[0], 0
+	for _, x := range sym {
+		switch {
+		case x == v:
+			votes++
+		case votes == 0:
+			v, votes = x, 1
+		default:
+			votes--
+		}
+	}
+	return v
+}
+
+func mapClasses(dst []uint8, sym []uint16, tables []*rans.Encoder, classes []uint8, patches []rans.Patch) []rans.Patch {
+	for i := range sym {
+		n := len(patches)
+		patches = tables[classes[i]].Map(dst[i:i+1], sym[i:i+1], patches)
+		if len(patches) > n {
+			patches[n].At = uint16(i)
+		}
+	}
+	return patches
+}
+
+// encodeDiff appends the differences of raw to base.
+func (f *Format) encodeDiff(dst, raw, base []byte, s *Scratch) []byte {
+	n, start := len(raw)/f.word, len(dst)-blockHead
+	words, from, sym := room(&s.words, n), room(&s.base, n), room(&s.sym, n)
+	planes.Load(words, raw, f.word, 0)
+	planes.Load(from, base, f.word, 0)
+	f.differences(words, from, sym)
+	var tables []*rans.Encoder
+	if len(f.sym[0].tables) > 0 {
+		tables = f.sym[0].encode(7)
+	}
+	dst = encodeSymbols(dst, sym, 7, tables, f.baseClasses(from, s), false, 0, s)
+	acc, held := uint64(0), uint(0)
+	put := func(v uint64, k uint) {
+		acc |= v << held
+		for held += k; held >= 8; held -= 8 {
+			dst = append(dst, uint8(acc))
+			acc >>= 8
+		}
+	}
+	for i, b := range sym {
+		if b < 2 {
+			continue
+		}
+		k := uint(b - 1)
+		v := words[i] &^ (1 << k)
+		if k > 32 {
+			put(v&0xffffffff, 32)
+			v, k = v>>32, k-32
+		}
+		put(v, k)
+	}
+	if held > 0 {
+		dst = append(dst, uint8(acc))
+	}
+	return pad(dst, start, 4)
+}
+
+// differences replaces words by their zig-zagged differences to base and sym by the bit lengths of those.
+func (f *Format) differences(words, base []uint64, sym []uint16) {
+	width := f.width()
+	for i, w := range words {
+		d := w - base[i]
+		if f.float {
+			d = ordered(w, width) - ordered(base[i], width)
+		}
+		z := zigzag(d, width)
+		words[i], sym[i] = z, uint16(bits.Len64(z))
+	}
+}
+
+// appendBlock encodes block of a group, decodes it again and compares; it returns the index entry too.
+func (f *Format) appendBlock(dst []byte, group int, raw, base []byte, e *Encoding, last bool, payloadStart int, s *Scratch) ([]byte, indexItem, error) {
+	start := len(dst)
+	dst = f.encodeBlock(dst, group, raw, base, e.plans, e.whole, e.level, s)
+	if last { // the padding of a payload belongs to its last block, so that a checksum covers it
+		for (payloadStart+len(dst)-start)%Align != 0 {
+			dst = append(dst, 0)
+		}
+	}
+	block := dst[start:]
+	s.check = slices.Grow(s.check[:0], len(raw))[:len(raw)]
+	if err := f.decodeBlock(group, s.check, block, base, s); err != nil {
+		return nil, indexItem{}, errorf(Internal, "block does not decode after encoding: %s", err)
+	}
+	if string(s.check) != string(raw) {
+		return nil, indexItem{}, errorf(Internal, "block decodes to other bytes than were encoded")
+	}
+	return dst, indexItem{uint32(len(block)), xxh3.Hash(block)}, nil
+}

@@ -1,0 +1,833 @@
+package codecs
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/zeebo/xxh3"
+
+	"bigsmall.dev/bigsmall/codecs/planes"
+	"bigsmall.dev/bigsmall/codecs/rans"
+)
+
+// Mode says how much work goes into size. The numbers are those of bs_mode in bigsmall.h.
+type Mode uint8
+
+const (
+	Balanced Mode = iota
+	Inference
+	Storage
+	EndMode
+)
+
+// Codec ids, as they stand in the header of a file. Frozen from 1.0 on.
+const (
+	CodecStored   = "bs_stored"
+	CodecPlanes   = "bs_planes"
+	CodecLowcard  = "bs_lowcard"
+	CodecRowDelta = "bs_rowdelta"
+	CodecDelta    = "bs_delta"
+)
+
+// Known reports whether the id is one that ParseHead reads.
+func Known(id string) bool {
+	return id == CodecStored || id == CodecPlanes || id == CodecLowcard || id == CodecRowDelta || id == CodecDelta
+}
+
+// Run calls f for 0 to n-1, possibly from many goroutines at once, each with a Scratch of its own, and returns the error
+// of the lowest index that failed.
+type Run func(n int, f func(i int, s *Scratch) error) error
+
+// Tensor is what an encoder has to know: the dtype, the shape (for rows) and where the bytes are. ReadAt must be safe for
+// concurrent use. Base, where not nil, is a tensor of the same dtype and shape to code the difference to.
+type Tensor struct {
+	DType DType
+	Shape []uint64
+	Bytes int64
+	Src   io.ReaderAt
+	Base  io.ReaderAt
+	Mode  Mode
+	Run   Run
+}
+
+// Encoding is a tensor's chosen format, ready to encode its groups of blocks.
+type Encoding struct {
+	Format
+	plans   []plan
+	whole   bool // try zstd on whole blocks
+	level   zstd.EncoderLevel
+	tensor  *Tensor
+	headLen int
+	bits    uint64 // estimated size, in units of 2^-16 bits
+	sampled uint64 // bytes of the sample blocks, coded
+}
+
+// Codec is the id of the encoding and the word the header has for its special kind, or "".
+func (e *Encoding) Codec() (id, special string) {
+	switch {
+	case e.transform == Palette:
+		return CodecLowcard, "lowcard"
+	case e.transform == RowDelta:
+		return CodecRowDelta, "wpe_delta"
+	case e.transform == BaseDiff:
+		return CodecDelta, "delta"
+	case len(e.fields) == 0 && !e.whole:
+		return CodecStored, ""
+	}
+	return CodecPlanes, ""
+}
+
+// Groups is the number of groups of blocks, each encoded by one call of AppendGroup.
+func (e *Encoding) Groups() int { return e.groups() }
+
+// GroupBytes is the number of source bytes of group g.
+func (e *Encoding) GroupBytes(g int) int64 {
+	per := int64(GroupBlocks * BlockWords * e.word)
+	return min(per, e.tensor.Bytes-int64(g)*per)
+}
+
+// HeadLen is the length of the head, known before any block is encoded.
+func (e *Encoding) HeadLen() int { return e.headLen }
+
+// Index collects what the groups of a payload report.
+type Index struct{ items []indexItem }
+
+// AppendGroup appends the coded blocks of group g. at is the offset in the payload of the byte after dst's end; it matters
+// for the last group alone, whose padding fills the payload up.
+func (e *Encoding) AppendGroup(dst []byte, g int, at int64, s *Scratch) ([]byte, Index, error) {
+	var index Index
+	if err := e.choose(g, s); err != nil {
+		return nil, index, err
+	}
+	for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
+		raw, base, err := e.tensor.readBlock(b, e.word, e.transform == BaseDiff, s)
+		if err != nil {
+			return nil, index, err
+		}
+		last := b == e.blocks()-1
+		var item indexItem
+		if dst, item, err = e.appendBlock(dst, g, raw, base, e, last, int(at%Align), s); err != nil {
+			return nil, index, fmt.Errorf("block %d: %w", b, err)
+		}
+		index.items = append(index.items, item)
+		at += int64(item.length)
+	}
+	return dst, index, nil
+}
+
+// Head is the head of the payload, once every group is encoded.
+func (e *Encoding) Head(groups []Index) (head []byte, checksum uint64) {
+	var items []indexItem
+	for _, g := range groups {
+		items = append(items, g.items...)
+	}
+	head = e.appendHead(nil, items)
+	if len(head) != e.headLen {
+		panic("codecs: length of a head changed")
+	}
+	return head, xxh3.Hash(head)
+}
+
+func (t *Tensor) readBlock(b, word int, withBase bool, s *Scratch) (raw, base []byte, err error) {
+	per := int64(BlockWords * word)
+	n := int(min(per, t.Bytes-int64(b)*per))
+	raw = room(&s.raw, n)
+	if _, err = io.ReadFull(io.NewSectionReader(t.Src, int64(b)*per, int64(n)), raw); err != nil {
+		return nil, nil, err
+	}
+	if withBase {
+		base = room(&s.rawBase, n)
+		_, err = io.ReadFull(io.NewSectionReader(t.Base, int64(b)*per, int64(n)), base)
+	}
+	return raw, base, err
+}
+
+// choose picks, for every field, the table that suits a group best.
+func (e *Encoding) choose(g int, s *Scratch) error {
+	multi := false
+	for _, m := range e.sym {
+		multi = multi || m.classes == nil && len(m.tables) > 1
+	}
+	if !multi {
+		return nil
+	}
+	counts := make([][]uint64, len(e.fields))
+	for i, x := range e.fields {
+		counts[i] = make([]uint64, 1<<x.Sym)
+	}
+	for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
+		words, err := e.load(b, s)
+		if err != nil {
+			return err
+		}
+		n := len(words)
+		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
+		for i, x := range e.fields {
+			if len(e.sym[i].tables) > 1 {
+				x.Split(sym, mant, rest, words)
+				for _, v := range sym {
+					counts[i][v]++
+				}
+			}
+		}
+	}
+	for i, x := range e.fields {
+		m, best := e.sym[i], ^uint64(0)
+		if len(m.tables) < 2 {
+			continue
+		}
+		for k, enc := range m.encode(uint(x.Sym)) {
+			if c := enc.Cost(counts[i], patchBits); c < best {
+				best = c
+				m.choice[g] = uint8(k)
+			}
+		}
+	}
+	return nil
+}
+
+// trialLevel is how zstd is tried on samples; where it wins there, its best level does the work.
+const trialLevel = zstd.SpeedDefault
+
+const patchBits = 32 + 2 // position, literal, and the stand-in
+
+// NewEncoding looks at the tensor and chooses how to code it.
+func NewEncoding(t *Tensor) (*Encoding, error) {
+	info := dtypes[t.DType]
+	if t.Bytes%int64(info.word) != 0 {
+		return nil, errorf(Invalid, "%d bytes of %s", t.Bytes, t.DType)
+	}
+	e := &Encoding{tensor: t, level: zstd.SpeedBestCompression}
+	if t.Mode == Inference {
+		e.level = trialLevel
+	}
+	e.word, e.float, e.words = info.word, info.sign, uint64(t.Bytes)/uint64(info.word)
+	if e.words > 0 {
+		if err := e.analyse(info); err != nil {
+			return nil, err
+		}
+	}
+	return e, e.finish()
+}
+
+// finish falls back to storing where nothing is gained, and measures the head.
+func (e *Encoding) finish() error {
+	stored := (8*uint64(e.tensor.Bytes) + 32*8*uint64(e.blocks())) * rans.LogOne
+	if e.blocks() == 1 && e.transform != BaseDiff { // the sample was all of it
+		stored = 8 * (uint64(e.tensor.Bytes) + blockHead + fixedHead) * rans.LogOne
+		e.bits = 8 * (e.sampled + uint64(len(e.appendHead(nil, nil)))) * rans.LogOne
+	}
+	if e.transform != BaseDiff && e.bits+e.bits/1024 >= stored {
+		e.Format = Format{word: e.word, words: e.words, float: e.float}
+		e.plans, e.whole, e.bits = nil, false, stored
+	}
+	e.headLen = len(e.appendHead(nil, make([]indexItem, e.blocks())))
+	return nil
+}
+
+// narrow is what a first look at all words finds.
+type narrow struct {
+	or       uint64   // of all words
+	half     bool     // every word is an exact binary16
+	distinct []uint64 // ascending; more than maxPalette means too many
+}
+
+func (a *narrow) look(words []uint64, size int) {
+	for _, w := range words {
+		a.or |= w
+	}
+	if a.half {
+		for _, w := range words {
+			if _, ok := toHalf(uint32(w)); !ok {
+				a.half = false
+				break
+			}
+		}
+	}
+	if len(a.distinct) <= maxPalette {
+		last, any := uint64(0), false
+		for _, w := range words {
+			if any && w == last {
+				continue
+			}
+			last, any = w, true
+			if at, found := slices.BinarySearch(a.distinct, w); !found {
+				if a.distinct = slices.Insert(a.distinct, at, w); len(a.distinct) > maxPalette {
+					break
+				}
+			}
+		}
+	}
+}
+
+func (a *narrow) hopeless(floats bool) bool {
+	return !a.half && len(a.distinct) > maxPalette && (!floats || a.or&1 == 1)
+}
+
+// load reads and transforms block b.
+func (e *Encoding) load(b int, s *Scratch) ([]uint64, error) {
+	raw, _, err := e.tensor.readBlock(b, e.word, false, s)
+	if err != nil {
+		return nil, err
+	}
+	words := room(&s.words, len(raw)/e.word)
+	planes.Load(words, raw, e.word, 0)
+	e.apply(words)
+	return words, nil
+}
+
+func (e *Encoding) scanNarrow(exp uint) (narrow, error) {
+	start := func() narrow { return narrow{half: exp == 8 && e.word == 4} }
+	all, mu, done := start(), sync.Mutex{}, atomic.Bool{}
+	err := e.tensor.Run(e.blocks(), func(b int, s *Scratch) error {
+		if done.Load() {
+			return nil
+		}
+		words, err := e.load(b, s)
+		if err != nil {
+			return err
+		}
+		one := start()
+		one.look(words, e.word)
+		mu.Lock()
+		defer mu.Unlock()
+		all.or |= one.or
+		all.half = all.half && one.half
+		for _, w := range one.distinct {
+			if at, found := slices.BinarySearch(all.distinct, w); !found && len(all.distinct) <= maxPalette {
+				all.distinct = slices.Insert(all.distinct, at, w)
+			}
+		}
+		if all.hopeless(exp > 0) {
+			done.Store(true)
+		}
+		return nil
+	})
+	return all, err
+}
+
+// analyse chooses transform, fields and tables.
+func (e *Encoding) analyse(info dtypeInfo) error {
+	found, err := e.scanNarrow(info.exp)
+	if err != nil {
+		return err
+	}
+	exp := info.exp
+	switch {
+	case found.hopeless(exp > 0):
+	case len(found.distinct) <= maxPalette:
+		e.transform, e.palette, exp = Palette, found.distinct, 0
+	case exp > 0:
+		if found.half {
+			e.transform, exp = Half, 5
+			h := uint64(0)
+			if h, err = e.halfBits(); err != nil {
+				return err
+			}
+			found.or = h
+		}
+		for mantissa := e.width() - 1 - exp; uint(e.shift) < mantissa && found.or>>e.shift&1 == 0; {
+			e.shift++
+		}
+	}
+	if err := e.analyseFields(exp); err != nil {
+		return err
+	}
+	if e.transform == Plain && e.shift == 0 {
+		return e.tryRows()
+	}
+	return nil
+}
+
+// halfBits is the union of all words as binary16.
+func (e *Encoding) halfBits() (or uint64, err error) {
+	var mu sync.Mutex
+	err = e.tensor.Run(e.blocks(), func(b int, s *Scratch) error {
+		words, err := e.load(b, s)
+		if err != nil {
+			return err
+		}
+		one := uint64(0)
+		for _, w := range words {
+			one |= w
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		or |= one
+		return nil
+	})
+	return or, err
+}
+
+const (
+	topBits = 12 // of a field, counted at once
+	maxSets = 64 // histograms kept to find tables that differ within a tensor
+)
+
+// hist counts, for one run of groups, the top bits of the upper field and the bytes below it.
+type hist struct {
+	top [1 << topBits]uint32
+	low [maxFields][256]uint32
+}
+
+// layout cuts a word into an upper run of bits and whole bytes below it.
+func (e *Encoding) layout(exp uint) (upper planes.Field, lowBytes int) {
+	w := e.width()
+	if exp == 0 {
+		return planes.Field{Shift: uint8(w - 8), Sym: 8}, int(w/8) - 1
+	}
+	if w >= 24 {
+		lowBytes = int(w-16) / 8
+	}
+	m := w - 8*uint(lowBytes)
+	s := min(m, topBits)
+	return planes.Field{Shift: uint8(8 * lowBytes), Sym: uint8(s), Rest: uint8(m - s)}, lowBytes
+}
+
+func (e *Encoding) count(upper planes.Field, lowBytes int) ([]*hist, error) {
+	groups := e.groups()
+	per := (groups + maxSets - 1) / maxSets
+	sets := make([]*hist, (groups+per-1)/per)
+	err := e.tensor.Run(len(sets), func(k int, s *Scratch) error {
+		h := &hist{}
+		for b := k * per * GroupBlocks; b < min((k+1)*per*GroupBlocks, e.blocks()); b++ {
+			words, err := e.load(b, s)
+			if err != nil {
+				return err
+			}
+			shift, mask := upper.Shift+upper.Rest, uint64(1)<<upper.Sym-1
+			for _, w := range words {
+				h.top[w>>shift&mask]++
+			}
+			for i := range lowBytes {
+				for _, w := range words {
+					h.low[i][uint8(w>>(8*i))]++
+				}
+			}
+		}
+		sets[k] = h
+		return nil
+	})
+	return sets, err
+}
+
+// fold sums the counts of the top bits (of bits: sign, exponent, mantissa) to those of the symbols of a field.
+func fold(top []uint32, bits uint, f planes.Field) []uint64 {
+	counts := make([]uint64, 1<<f.Sym)
+	drop := bits - uint(f.Sym)
+	mask := uint(1)<<f.Sym - 1
+	if f.Rotate {
+		drop--
+	}
+	for v, c := range top {
+		if c > 0 {
+			counts[uint(v)>>drop&mask] += uint64(c)
+		}
+	}
+	return counts
+}
+
+func sum(sets [][]uint64) []uint64 {
+	all := slices.Clone(sets[0])
+	for _, s := range sets[1:] {
+		for i, c := range s {
+			all[i] += c
+		}
+	}
+	return all
+}
+
+// analyseFields chooses the fields and tables for the transform that is set.
+func (e *Encoding) analyseFields(exp uint) error {
+	upper, lowBytes := e.layout(exp)
+	sets, err := e.count(upper, lowBytes)
+	if err != nil {
+		return err
+	}
+	field := upper
+	topSets := func(f planes.Field) [][]uint64 {
+		out := make([][]uint64, len(sets))
+		for i, h := range sets {
+			out[i] = fold(h.top[:1<<upper.Sym], uint(upper.Sym), f)
+		}
+		return out
+	}
+	alphabet := rans.MaxSymbols
+	if exp > 0 {
+		field, alphabet = e.chooseField(exp, upper, topSets)
+	}
+	e.fields, e.sym, e.mant, e.plans, e.bits = nil, nil, nil, nil, 0
+	e.addField(field, topSets(field), alphabet)
+	for i := lowBytes - 1; i >= 0; i-- {
+		low := make([][]uint64, len(sets))
+		for k, h := range sets {
+			low[k] = make([]uint64, 256)
+			for v, c := range h.low[i] {
+				low[k][v] = uint64(c)
+			}
+		}
+		e.addField(planes.Field{Shift: uint8(8 * i), Sym: 8}, low, rans.MaxSymbols)
+	}
+	if e.tensor.Mode == Storage && exp > 0 {
+		if err := e.modelMantissa(); err != nil {
+			return err
+		}
+	}
+	return e.sample()
+}
+
+// chooseField finds how many mantissa bits, and whether the sign, belong into the symbol, and how many symbols it takes.
+func (e *Encoding) chooseField(exp uint, upper planes.Field, sets func(planes.Field) [][]uint64) (best planes.Field, alphabet int) {
+	m := upper.Bits()
+	bestCost := [2]uint64{^uint64(0), ^uint64(0)}
+	var bestField [2]planes.Field
+	for j := uint(0); j <= 4; j++ {
+		for _, signed := range []uint{0, 1} {
+			s := exp + j + signed
+			if exp+j+1 > uint(upper.Sym) || m-s > planes.MaxRest {
+				continue
+			}
+			if e.tensor.Mode == Inference && (j > 0 || signed > 0) {
+				continue
+			}
+			f := planes.Field{Shift: upper.Shift, Sym: uint8(s), Rest: uint8(m - s), Rotate: signed == 0}
+			counts := sum(sets(f))
+			for k, limit := range []int{rans.AliasSymbols, rans.MaxSymbols} {
+				_, cost := rans.Build(counts, limit, patchBits)
+				cost += e.words * uint64(m-s) * rans.LogOne
+				if cost < bestCost[k] {
+					bestCost[k], bestField[k] = cost, f
+				}
+			}
+		}
+	}
+	// More than 64 symbols decode by table only, at a third of the speed: worth it from 0.1 percent of the tensor on.
+	if e.tensor.Mode != Inference && bestCost[1]+uint64(e.tensor.Bytes)*8*rans.LogOne/1000 < bestCost[0] {
+		return bestField[1], rans.MaxSymbols
+	}
+	return bestField[0], rans.AliasSymbols
+}
+
+// addField adds a field with the tables that its histograms deserve.
+func (e *Encoding) addField(f planes.Field, sets [][]uint64, alphabet int) {
+	tables, _, cost := cluster(sets, alphabet)
+	p := plan{rans: len(tables) > 0}
+	rawBits := e.words * uint64(min(f.Sym, 8)) * rans.LogOne
+	if f.Sym == 8 {
+		rawBits = e.words * 8 * rans.LogOne
+	}
+	if f.Sym <= 8 && cost+uint64(e.blocks())*rans.StateBytes*8*rans.LogOne >= rawBits*995/1000 && e.constantCost(sets) > rawBits {
+		tables, cost, p.rans = nil, e.words*8*rans.LogOne, false
+	}
+	e.fields = append(e.fields, f)
+	e.sym = append(e.sym, &model{tables: tables, choice: make([]uint8, e.groups())})
+	e.mant = append(e.mant, nil)
+	e.plans = append(e.plans, p)
+	e.bits += cost + e.words*uint64(f.Rest)*rans.LogOne
+}
+
+// constantCost is what a plane takes as one symbol and patches.
+func (e *Encoding) constantCost(sets [][]uint64) uint64 {
+	all := sum(sets)
+	return (e.words - slices.Max(all)) * 32 * rans.LogOne
+}
+
+// cluster merges histograms until no merge saves bits and at most MaxTables are left. It builds their tables, says which
+// of them each set got (0 for a set without a table) and what coding everything takes.
+func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, cost uint64) {
+	type node struct {
+		counts []uint64
+		cost   uint64
+		sets   []int
+	}
+	var nodes []*node
+	for i, s := range sets {
+		if c, any := entropy(s); any {
+			nodes = append(nodes, &node{s, c, []int{i}})
+		}
+	}
+	type merge struct {
+		to   *node
+		gain int64
+	}
+	seen := map[[2]*node]merge{}
+	look := func(a, b *node) merge {
+		m, ok := seen[[2]*node{a, b}]
+		if !ok {
+			counts := sum([][]uint64{a.counts, b.counts})
+			c, _ := entropy(counts)
+			m = merge{&node{counts, c, slices.Concat(a.sets, b.sets)}, int64(a.cost+b.cost) - int64(c)}
+			seen[[2]*node{a, b}] = m
+		}
+		return m
+	}
+	for len(nodes) > 1 {
+		at, with, best := 0, 0, merge{}
+		for i := range nodes {
+			for j := i + 1; j < len(nodes); j++ {
+				// With many histograms only neighbours are candidates: what lies together is alike.
+				if len(nodes) > 24 && j > i+1 {
+					break
+				}
+				if m := look(nodes[i], nodes[j]); best.to == nil || m.gain > best.gain {
+					at, with, best = i, j, m
+				}
+			}
+		}
+		if best.gain < 0 && len(nodes) <= MaxTables {
+			break
+		}
+		nodes[at] = best.to
+		nodes = slices.Delete(nodes, with, with+1)
+	}
+	of = make([]uint8, len(sets))
+	for _, n := range nodes {
+		t, c := rans.Build(n.counts, alphabet, patchBits)
+		cost += c
+		if t != nil {
+			for _, i := range n.sets {
+				of[i] = uint8(len(tables))
+			}
+			tables = append(tables, t)
+		}
+	}
+	return tables, of, cost
+}
+
+// entropy is what symbols of these counts take with a table of their own, in units of 2^-16 bits, the table included.
+func entropy(counts []uint64) (cost uint64, any bool) {
+	total, logs := uint64(0), uint64(0)
+	for _, c := range counts {
+		if c > 0 {
+			total += c
+			logs += c * rans.Log2(c)
+			cost += 11 * rans.LogOne
+		}
+	}
+	return cost + total*rans.Log2(total) - logs, total > 0
+}
+
+// modelMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays.
+func (e *Encoding) modelMantissa() error {
+	f := &e.fields[0]
+	m := f.Rest
+	if f.Rotate {
+		m-- // the sign stays raw
+	}
+	if m < 1 {
+		return nil
+	}
+	split := *f
+	split.Mant = min(m, 6)
+	split.Rest -= split.Mant
+	size := 1 << split.Mant
+	all := make([]uint64, classCount*size)
+	var mu sync.Mutex
+	err := e.tensor.Run(e.groups(), func(g int, s *Scratch) error {
+		counts := make([]uint32, len(all))
+		for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
+			words, err := e.load(b, s)
+			if err != nil {
+				return err
+			}
+			sym, mant := room(&s.sym, len(words)), room(&s.mant, len(words))
+			split.Split(sym, mant, room(&s.rest, len(words)), words)
+			shift := classShift(split.Sym)
+			for i, v := range sym {
+				counts[int(v>>shift)*size+int(mant[i])]++
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		for i, c := range counts {
+			all[i] += uint64(c)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	sets := make([][]uint64, classCount)
+	for i := range sets {
+		sets[i] = all[i*size : (i+1)*size]
+	}
+	tables, of, cost := cluster(sets, rans.AliasSymbols)
+	cost += (classCount*4 + uint64(e.blocks())*(rans.StateBytes+planeHead)*8) * rans.LogOne
+	raw := e.words * uint64(split.Mant) * rans.LogOne
+	if len(tables) == 0 || cost >= raw {
+		return nil
+	}
+	e.bits -= raw - cost
+	*f = split
+	e.mant[0] = &model{tables: tables, classes: (*[classCount]uint8)(of)}
+	return nil
+}
+
+// sampleBlocks are the blocks on which alternatives are tried: up to four, evenly spread.
+func (e *Encoding) sampleBlocks() []int {
+	n := e.blocks()
+	k := min(max(n/8, 1), 4)
+	out := make([]int, k)
+	for i := range out {
+		out[i] = i * n / k
+	}
+	return out
+}
+
+// sample encodes a few blocks to see where zstd beats the coder, and how large they become.
+func (e *Encoding) sample() error {
+	e.sampled = 0
+	blocks := e.sampleBlocks()
+	var mu sync.Mutex
+	sizes := make([][2]int, len(e.fields)) // without zstd, with it
+	wholeSize, planeSize := 0, 0
+	words := 0
+	err := e.tensor.Run(len(blocks), func(k int, s *Scratch) error {
+		b := blocks[k]
+		if err := e.choose(b/GroupBlocks, s); err != nil {
+			return err
+		}
+		raw, _, err := e.tensor.readBlock(b, e.word, false, s)
+		if err != nil {
+			return err
+		}
+		without := len(e.encodeBlock(nil, b/GroupBlocks, raw, nil, e.plans, false, trialLevel, s))
+		var one [maxFields][2]int
+		w := slices.Clone(room(&s.words, len(raw)/e.word)) // encodeBlock left the transformed words there
+		sym := make([]uint16, len(w))
+		gain := 0
+		for i, f := range e.fields {
+			if f.Sym > 8 || f.Rest > 0 || f.Mant > 0 {
+				continue
+			}
+			f.Split(sym, nil, nil, w)
+			var tables []*rans.Encoder
+			if m := e.sym[i]; e.plans[i].rans && len(m.tables) > 0 {
+				tables = m.encode(uint(f.Sym))[m.choice[b/GroupBlocks]:]
+			}
+			one[i][0] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, false, trialLevel, s))
+			one[i][1] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, true, trialLevel, s))
+			gain += one[i][0] - one[i][1]
+		}
+		whole := blockHead + 4 + len(s.zstdEncode(nil, raw, trialLevel))
+		mu.Lock()
+		defer mu.Unlock()
+		for i := range sizes {
+			sizes[i][0] += one[i][0]
+			sizes[i][1] += one[i][1]
+		}
+		wholeSize += whole
+		planeSize += without - gain
+		e.sampled += uint64(min(without-gain, whole))
+		words += len(w)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for i := range e.plans {
+		e.plans[i].zstd = sizes[i][1]*100 < sizes[i][0]*99
+	}
+	// Decoding zstd is several times slower than the coder, so it must earn its place.
+	e.whole = wholeSize*100 < planeSize*98
+	if scaled := e.sampled * 8 * rans.LogOne / 1024 * (e.words * 1024 / uint64(words)); e.whole || scaled < e.bits {
+		e.bits = scaled
+	}
+	return nil
+}
+
+// tryRows looks whether the rows of a matrix resemble the row above, as those of position embeddings do.
+func (e *Encoding) tryRows() error {
+	shape := e.tensor.Shape
+	if len(shape) != 2 || shape[0] < 16 || shape[1] < 4 || e.tensor.Bytes < 1<<14 {
+		return nil
+	}
+	row := e.words / shape[0]
+	if row >= BlockWords/4 {
+		return nil
+	}
+	c := &Encoding{tensor: e.tensor, level: e.level}
+	c.Format = Format{transform: RowDelta, param: uint32(row), word: e.word, words: e.words, float: e.float}
+	// A first look at one block: what do the bytes of the differences take, one by one?
+	words, err := c.load(e.sampleBlocks()[0], NewScratch())
+	if err != nil {
+		return err
+	}
+	bits := uint64(0)
+	for i := range e.word {
+		counts := make([]uint64, 256)
+		for _, w := range words {
+			counts[uint8(w>>(8*i))]++
+		}
+		x, _ := entropy(counts)
+		bits += min(x, uint64(len(words))*8*rans.LogOne)
+	}
+	if bits/8/rans.LogOne*uint64(len(e.sampleBlocks())) >= e.sampled {
+		return nil
+	}
+	if err := c.analyseFields(0); err != nil {
+		return err
+	}
+	if c.sampled < e.sampled {
+		*e = *c
+	}
+	return nil
+}
+
+// NewDelta chooses between coding the difference to t.Base and coding the tensor by itself.
+func NewDelta(t *Tensor) (*Encoding, error) {
+	alone, err := NewEncoding(t)
+	if err != nil || alone.words == 0 {
+		return alone, err
+	}
+	e := &Encoding{tensor: t, level: alone.level}
+	e.Format = Format{transform: BaseDiff, word: alone.word, words: alone.words, float: alone.float}
+	const lengths = 65
+	all := make([]uint64, classCount*lengths)
+	var mu sync.Mutex
+	err = t.Run(e.groups(), func(g int, s *Scratch) error {
+		counts := make([]uint32, len(all))
+		shift := e.baseShift()
+		for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
+			raw, base, err := t.readBlock(b, e.word, true, s)
+			if err != nil {
+				return err
+			}
+			n := len(raw) / e.word
+			words, from, sym := room(&s.words, n), room(&s.base, n), room(&s.sym, n)
+			planes.Load(words, raw, e.word, 0)
+			planes.Load(from, base, e.word, 0)
+			e.differences(words, from, sym)
+			for i, v := range sym {
+				counts[int(uint8(from[i]>>shift))*lengths+int(v)]++
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		for i, c := range counts {
+			all[i] += uint64(c)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	sets := make([][]uint64, classCount)
+	for i := range sets {
+		sets[i] = all[i*lengths : (i+1)*lengths]
+		for n, c := range sets[i] {
+			e.bits += c * uint64(max(n-1, 0)) * rans.LogOne
+		}
+	}
+	tables, of, cost := cluster(sets, rans.AliasSymbols)
+	e.bits += cost + (classCount*4+uint64(e.blocks())*rans.StateBytes*8)*rans.LogOne
+	e.sym, e.mant = []*model{{tables: tables, classes: (*[classCount]uint8)(of)}}, []*model{nil}
+	if e.bits >= alone.bits {
+		return alone, nil
+	}
+	return e, e.finish()
+}

@@ -1,0 +1,362 @@
+package codecs
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"github.com/zeebo/xxh3"
+)
+
+// serial is a Run on one goroutine.
+func serial(n int, f func(int, *Scratch) error) error {
+	s := NewScratch()
+	for i := range n {
+		if err := f(i, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// threads is a Run on eight goroutines, in reverse order.
+func threads(n int, f func(int, *Scratch) error) error {
+	var wg sync.WaitGroup
+	errs := make([]error, n)
+	next := make(chan int)
+	for range 8 {
+		wg.Go(func() {
+			s := NewScratch()
+			for i := range next {
+				errs[i] = f(i, s)
+			}
+		})
+	}
+	for i := n - 1; i >= 0; i-- {
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// encodeAll is the whole payload of a tensor.
+func encodeAll(e *Encoding) ([]byte, uint64, error) {
+	var body []byte
+	groups := make([]Index, e.Groups())
+	s := NewScratch()
+	var err error
+	for g := range groups {
+		if body, groups[g], err = e.AppendGroup(body, g, int64(e.HeadLen()+len(body)), s); err != nil {
+			return nil, 0, err
+		}
+	}
+	head, sum := e.Head(groups)
+	return append(head, body...), sum, nil
+}
+
+// decodeAll reads a payload as a stranger would.
+func decodeAll(payload []byte, sum uint64, d DType, rawLen int64, base []byte) ([]byte, error) {
+	if len(payload) < HeadFixed {
+		return nil, corrupt("short")
+	}
+	n := HeadLen(payload)
+	if n < 0 || n > int64(len(payload)) {
+		return nil, corrupt("head of %d bytes", n)
+	}
+	p, err := ParseHead(payload[:n], sum, d, rawLen, int64(len(payload)))
+	if err != nil {
+		return nil, err
+	}
+	out := make([]byte, rawLen)
+	s := NewScratch()
+	for i := range p.Blocks() {
+		off, length := p.BlockSpan(i)
+		lo := int64(i) * p.BlockBytes()
+		hi := min(lo+p.BlockBytes(), rawLen)
+		var b []byte
+		if base != nil {
+			b = base[lo:hi]
+		}
+		if err := p.DecodeBlock(i, out[lo:hi], payload[off:off+length], b, s); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func tensorOf(d DType, raw []byte, mode Mode, shape ...uint64) *Tensor {
+	return &Tensor{DType: d, Shape: shape, Bytes: int64(len(raw)), Src: bytes.NewReader(raw), Mode: mode, Run: serial}
+}
+
+func roundTrip(t *testing.T, tensor *Tensor, raw, base []byte) (size int, codec string) {
+	t.Helper()
+	choose := NewEncoding
+	if base != nil {
+		tensor.Base = bytes.NewReader(base)
+		choose = NewDelta
+	}
+	e, err := choose(tensor)
+	require.NoError(t, err)
+	payload, sum, err := encodeAll(e)
+	require.NoError(t, err)
+	got, err := decodeAll(payload, sum, tensor.DType, int64(len(raw)), base)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(raw, got))
+	parallel := *tensor
+	parallel.Run = threads
+	again, err := choose(&parallel)
+	require.NoError(t, err)
+	other, sum2, err := encodeAll(again)
+	require.NoError(t, err)
+	require.Equal(t, sum, sum2)
+	require.True(t, bytes.Equal(payload, other), "bytes depend on the number of threads")
+	id, _ := e.Codec()
+	require.LessOrEqual(t, len(payload), len(raw)+24+64*max(1, e.blocks())+Align+8)
+	return len(payload), id
+}
+
+// weights are normal numbers as floats of the dtype, little-endian.
+func weights(r *rand.Rand, d DType, n int, sd float64) []byte {
+	out := make([]byte, 0, 8*n)
+	for range n {
+		x := r.NormFloat64() * sd
+		switch d {
+		case F64:
+			out = binary.LittleEndian.AppendUint64(out, math.Float64bits(x))
+		case F32, C64:
+			out = binary.LittleEndian.AppendUint32(out, math.Float32bits(float32(x)))
+		case BF16:
+			out = binary.LittleEndian.AppendUint16(out, uint16(math.Float32bits(float32(x))>>16))
+		case F16:
+			h, _ := toHalf(math.Float32bits(float32(x)) &^ 0x1fff)
+			out = binary.LittleEndian.AppendUint16(out, h)
+		default:
+			out = append(out, uint8(int8(x/sd*30)))
+		}
+	}
+	return out[:len(out)/dtypes[d].word*dtypes[d].word]
+}
+
+func TestRoundTrip(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for d := Bool; d < endDType; d++ {
+		for _, mode := range []Mode{Balanced, Inference, Storage} {
+			for _, n := range []int{0, 1, 2, 31, 33, 1000, 4096, BlockWords, 5*BlockWords + 77} {
+				if n > 4096 && mode != Balanced && testing.Short() {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s/%d/%d", d, mode, n), func(t *testing.T) {
+					raw := weights(r, d, n, .02)
+					roundTrip(t, tensorOf(d, raw, mode, uint64(n)), raw, nil)
+				})
+			}
+		}
+	}
+}
+
+func TestCodecsAreChosen(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	const n = 100_000
+	gauss := weights(r, BF16, n, .02)
+	size, codec := roundTrip(t, tensorOf(BF16, gauss, Balanced, n), gauss, nil)
+	require.Equal(t, CodecPlanes, codec)
+	require.Less(t, size, 2*n*67/100)
+
+	noise := make([]byte, 2*n)
+	for i := range noise {
+		noise[i] = byte(r.Uint32())
+	}
+	_, codec = roundTrip(t, tensorOf(BF16, noise, Balanced, n), noise, nil)
+	require.Equal(t, CodecStored, codec)
+
+	few := make([]byte, 0, 4*n)
+	for range n {
+		few = binary.LittleEndian.AppendUint32(few, []uint32{0, 0x3f800000, 0xdeadbeef}[r.IntN(3)])
+	}
+	size, codec = roundTrip(t, tensorOf(F32, few, Balanced, n), few, nil)
+	require.Equal(t, CodecLowcard, codec)
+	require.Less(t, size, n*21/100)
+
+	zero := make([]byte, 8*n)
+	size, codec = roundTrip(t, tensorOf(F64, zero, Balanced, n), zero, nil)
+	require.Equal(t, CodecLowcard, codec)
+	require.Less(t, size, 256)
+
+	rows := make([]byte, 0, 4*n)
+	for i := range n {
+		x := math.Sin(float64(i/500)/70+float64(i%500)) + r.NormFloat64()*1e-6
+		rows = binary.LittleEndian.AppendUint32(rows, math.Float32bits(float32(x)))
+	}
+	_, codec = roundTrip(t, tensorOf(F32, rows, Balanced, n/500, 500), rows, nil)
+	require.Equal(t, CodecRowDelta, codec)
+
+	half := make([]byte, 0, 4*n)
+	for _, w := range []uint32{0, 1 << 31, 0x7f800000, 0xff802000, 0x33800000, 0xb8000000} {
+		half = binary.LittleEndian.AppendUint32(half, w)
+	}
+	for range n {
+		h, _ := toHalf(math.Float32bits(float32(r.NormFloat64()*.01)) &^ 0x1fffff)
+		half = binary.LittleEndian.AppendUint32(half, fromHalf(h))
+	}
+	size, _ = roundTrip(t, tensorOf(F32, half, Balanced, n+6), half, nil)
+	require.Less(t, size, n*2)
+
+	ids := make([]byte, 0, 8*n)
+	for i := range n {
+		ids = binary.LittleEndian.AppendUint64(ids, uint64(i))
+	}
+	size, _ = roundTrip(t, tensorOf(I64, ids, Balanced, n), ids, nil)
+	require.Less(t, size, n/10)
+
+	tuned := bytes.Clone(gauss)
+	for i := range n {
+		if r.IntN(10) == 0 {
+			tuned[2*i] ^= 1
+		}
+	}
+	size, codec = roundTrip(t, tensorOf(BF16, tuned, Balanced, n), tuned, gauss)
+	require.Equal(t, CodecDelta, codec)
+	require.Less(t, size, n/8)
+}
+
+func TestHalfIsExact(t *testing.T) {
+	for h := range 1 << 16 {
+		got, ok := toHalf(fromHalf(uint16(h)))
+		require.True(t, ok)
+		require.Equal(t, uint16(h), got)
+	}
+	for _, w := range []uint32{1, 0x3f800001, 0x7f800001, 0x477fffff, 0x33000000, 0x47800000, 0x38800001} {
+		_, ok := toHalf(w)
+		require.False(t, ok, "%08x", w)
+	}
+}
+
+func TestOrderedAscends(t *testing.T) {
+	for w := range uint64(1 << 16) {
+		require.Equal(t, w, unordered(ordered(w, 16), 16))
+	}
+	require.Less(t, ordered(0xbf80, 16), ordered(0x8000, 16))
+	require.Less(t, ordered(0x0000, 16), ordered(0x3f80, 16))
+	for _, width := range []uint{8, 16, 32, 64} {
+		for _, d := range []uint64{0, 1, 2, ^uint64(0), 1 << (width - 1)} {
+			require.Equal(t, d&(^uint64(0)>>(64-width)), unzigzag(zigzag(d, width), width))
+		}
+	}
+}
+
+// Every single-bit flip and every cut of a payload is an error or gives the same bytes.
+func TestDamageIsNoticed(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	raw := weights(r, BF16, 700, .02)
+	e, err := NewEncoding(tensorOf(BF16, raw, Storage, 700))
+	require.NoError(t, err)
+	payload, sum, err := encodeAll(e)
+	require.NoError(t, err)
+	for i := range 8 * len(payload) {
+		bad := bytes.Clone(payload)
+		bad[i/8] ^= 1 << (i % 8)
+		_, err := decodeAll(bad, sum, BF16, int64(len(raw)), nil)
+		require.Error(t, err, "bit %d", i)
+	}
+	for i := range payload {
+		_, err := decodeAll(payload[:i], sum, BF16, int64(len(raw)), nil)
+		require.Error(t, err)
+	}
+}
+
+// FuzzPayload decodes payloads whose checksums are right, so that everything behind them is reached.
+func FuzzPayload(f *testing.F) {
+	r := rand.New(rand.NewPCG(7, 8))
+	raws := map[DType][]byte{BF16: weights(r, BF16, 700, .02), F32: weights(r, F32, 300, 1), U8: []byte("aaaabbbbcccc"), F64: weights(r, F64, 50, 1)}
+	for d, raw := range raws {
+		for _, mode := range []Mode{Balanced, Storage} {
+			e, _ := NewEncoding(tensorOf(d, raw, mode, uint64(len(raw)/dtypes[d].word)))
+			payload, _, _ := encodeAll(e)
+			f.Add(payload, uint8(d), uint16(len(raw)))
+		}
+	}
+	f.Fuzz(func(_ *testing.T, payload []byte, d uint8, rawLen uint16) {
+		if !DType(d).Valid() || len(payload) < HeadFixed {
+			return
+		}
+		n := HeadLen(payload)
+		if n < 0 || n > int64(len(payload)) {
+			return
+		}
+		head := bytes.Clone(payload[:n])
+		p, err := ParseHead(head, xxh3.Hash(head), DType(d), int64(rawLen), int64(len(payload)))
+		if err != nil {
+			return
+		}
+		s := NewScratch()
+		for i := range p.Blocks() {
+			off, length := p.BlockSpan(i)
+			lo := int64(i) * p.BlockBytes()
+			dst := make([]byte, min(p.BlockBytes(), int64(rawLen)-lo))
+			src := payload[off : off+length]
+			p.hash[i] = xxh3.Hash(src)
+			_ = p.DecodeBlock(i, dst, src, make([]byte, len(dst)), s)
+		}
+	})
+}
+
+func BenchmarkTensor(b *testing.B) {
+	r := rand.New(rand.NewPCG(9, 9))
+	const n = 1 << 20
+	for _, d := range []DType{BF16, F16, F32, F8E4M3} {
+		raw := weights(r, d, n, .02)
+		for _, mode := range []Mode{Inference, Balanced, Storage} {
+			e, err := NewEncoding(tensorOf(d, raw, mode, n))
+			require.NoError(b, err)
+			payload, sum, err := encodeAll(e)
+			require.NoError(b, err)
+			p, err := ParseHead(payload[:e.HeadLen()], sum, d, int64(len(raw)), int64(len(payload)))
+			require.NoError(b, err)
+			name := fmt.Sprintf("%s/%d/2MiB", d, mode)
+			b.Run("decode/"+name, func(b *testing.B) {
+				dst, s := make([]byte, len(raw)), NewScratch()
+				b.SetBytes(int64(len(raw)))
+				b.ReportMetric(float64(len(payload))/float64(len(raw))*100, "%")
+				for b.Loop() {
+					for i := range p.Blocks() {
+						off, length := p.BlockSpan(i)
+						lo := int64(i) * p.BlockBytes()
+						if err := p.DecodeBlock(i, dst[lo:lo+p.BlockBytes()], payload[off:off+length], nil, s); err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+			})
+			b.Run("encode/"+name, func(b *testing.B) {
+				b.SetBytes(int64(len(raw)))
+				for b.Loop() {
+					e, err := NewEncoding(tensorOf(d, raw, mode, n))
+					if err != nil {
+						b.Fatal(err)
+					}
+					if _, _, err := encodeAll(e); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+	b.Run("memcpy/2MiB", func(b *testing.B) {
+		src, dst := make([]byte, 2<<20), make([]byte, 2<<20)
+		b.SetBytes(2 << 20)
+		for b.Loop() {
+			copy(dst, src)
+		}
+	})
+}

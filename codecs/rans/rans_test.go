@@ -1,0 +1,185 @@
+package rans
+
+import (
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestLog2(t *testing.T) {
+	for _, x := range []uint64{1, 2, 3, 5, 7, 100, 4095, 4096, 4097, 1<<20 - 1, 1<<40 + 12345, 1<<63 + 5} {
+		require.InDelta(t, math.Log2(float64(x))*LogOne, float64(Log2(x)), 4, "log2(%d)", x)
+	}
+}
+
+func normal(r *rand.Rand, n, symbols int, sd float64) []uint16 {
+	v := make([]uint16, n)
+	for i := range v {
+		v[i] = uint16(min(max(int(r.NormFloat64()*sd+float64(symbols)/2), 0), symbols-1))
+	}
+	return v
+}
+
+func histogram(v []uint16, size int) []uint64 {
+	h := make([]uint64, size)
+	for _, x := range v {
+		h[x]++
+	}
+	return h
+}
+
+func TestSlotsCoverEveryRankOnce(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for _, symbols := range []int{2, 3, 5, 30, 63, 64, 65, 200, 256} {
+		for range 50 {
+			table := randomTable(r, symbols)
+			seen := map[[2]int]bool{}
+			table.slots(func(_, sym, rank int) {
+				require.Less(t, rank, int(table.Freq[sym]))
+				seen[[2]int{sym, rank}] = true
+			})
+			require.Len(t, seen, Slots)
+		}
+	}
+}
+
+// randomTable has the given number of symbols, with frequencies from even to as skewed as they can be.
+func randomTable(r *rand.Rand, symbols int) *Table {
+	t := &Table{Value: make([]uint16, symbols), Freq: make([]uint16, symbols)}
+	w, total := make([]uint64, symbols), uint64(0)
+	skew := r.Float64() * 40
+	for i := range w {
+		t.Value[i] = uint16(i)
+		w[i] = uint64(math.Exp(r.Float64()*skew)) + 1
+		total += w[i]
+	}
+	quantise(w, total, t.Freq)
+	return t
+}
+
+func TestTableRoundTrip(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 300 {
+		symbols := 2 + r.IntN(255)
+		table := randomTable(r, symbols)
+		for i := range table.Value {
+			table.Value[i] = uint16(i)
+		}
+		stored := table.Append(nil)
+		require.LessOrEqual(t, len(stored), MaxTableBytes)
+		got, rest, err := ParseTable(append(stored, 7, 8), 8)
+		require.NoError(t, err)
+		require.Equal(t, []byte{7, 8}, rest)
+		require.Equal(t, table, got)
+		for cut := range stored {
+			_, _, err := ParseTable(stored[:cut], 8)
+			require.Error(t, err)
+		}
+	}
+}
+
+// The worked example of SPEC.md.
+func TestAliasExample(t *testing.T) {
+	table := &Table{Value: []uint16{0, 1, 2}, Freq: []uint16{4000, 90, 6}}
+	l := table.alias()
+	require.Equal(t, []uint8{38, 64, 6, 0}, l.Threshold[:4])
+	require.Equal(t, []uint8{1, 1, 0, 0}, l.Alias[:4])
+	require.Equal(t, []uint16{26, 0, 32, 96}, l.Offset[:4])
+}
+
+func TestRoundTrip(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	for _, symbols := range []int{2, 17, 64, 100, 256} {
+		for n := 1; n < 300; n += 1 + n/40 {
+			testRoundTrip(t, r, n, symbols)
+		}
+		testRoundTrip(t, r, 1<<16, symbols)
+	}
+}
+
+func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
+	values := normal(r, n, symbols, float64(symbols)/6)
+	table, _ := Build(histogram(values, 256), symbols, 32)
+	if table == nil {
+		return
+	}
+	enc, dec := NewEncoder(table, 8), NewDecoder(table)
+	syms := make([]uint8, n)
+	patches := enc.Map(syms, values, nil)
+	scratch := make([]byte, 2*n)
+	coded := Encode(nil, syms, []*Encoder{enc}, nil, scratch)
+	got := make([]uint16, n)
+	require.NoError(t, Decode(got, coded, []*Decoder{dec}, nil))
+	for _, p := range patches {
+		got[p.At] = p.Value
+	}
+	require.Equal(t, values, got)
+	// Cut, lengthened or changed streams must be noticed: states and words are all used.
+	require.Error(t, Decode(got, coded[:len(coded)-2], []*Decoder{dec}, nil))
+	require.Error(t, Decode(got, append(coded, 0, 0), []*Decoder{dec}, nil))
+	// With classes: two tables in turn.
+	classes := make([]uint8, n)
+	for i := range classes {
+		classes[i] = uint8(r.IntN(2))
+	}
+	other := randomTable(r, len(table.Value))
+	encs, decs := []*Encoder{enc, NewEncoder(other, 8)}, []*Decoder{dec, NewDecoder(other)}
+	decs[1].value = dec.value
+	coded = Encode(nil, syms, encs, classes, scratch)
+	require.NoError(t, Decode(got, coded, decs, classes))
+	for _, p := range patches {
+		got[p.At] = p.Value
+	}
+	require.Equal(t, values, got)
+}
+
+func FuzzDecode(f *testing.F) {
+	table := randomTable(rand.New(rand.NewPCG(1, 1)), 30)
+	dec := NewDecoder(table)
+	f.Add(make([]byte, 200), 40)
+	f.Fuzz(func(_ *testing.T, src []byte, n int) {
+		_ = Decode(make([]uint16, max(0, min(n, 1<<16))), src, []*Decoder{dec}, nil)
+	})
+}
+
+func FuzzParseTable(f *testing.F) {
+	f.Add((&Table{Value: []uint16{0, 1, 2}, Freq: []uint16{4000, 90, 6}}).Append(nil))
+	f.Fuzz(func(t *testing.T, src []byte) {
+		table, _, err := ParseTable(src, 12)
+		if err == nil {
+			NewDecoder(table)
+			again, _, err := ParseTable(table.Append(nil), 12)
+			require.NoError(t, err)
+			require.Equal(t, table, again)
+		}
+	})
+}
+
+func BenchmarkCoder(b *testing.B) {
+	r := rand.New(rand.NewPCG(7, 8))
+	const n = 1 << 16
+	for _, symbols := range []int{30, 256} {
+		values := normal(r, n, symbols, float64(symbols)/10)
+		table, _ := Build(histogram(values, 256), symbols, 32)
+		enc, dec := NewEncoder(table, 8), NewDecoder(table)
+		syms := make([]uint8, n)
+		scratch := make([]byte, 2*n)
+		enc.Map(syms, values, nil)
+		coded := Encode(nil, syms, []*Encoder{enc}, nil, scratch)
+		b.Run(fmt.Sprintf("decode/%d/generic/64Ki", symbols), func(b *testing.B) {
+			b.SetBytes(2 * n)
+			for b.Loop() {
+				_ = Decode(values, coded, []*Decoder{dec}, nil)
+			}
+		})
+		b.Run(fmt.Sprintf("encode/%d/generic/64Ki", symbols), func(b *testing.B) {
+			b.SetBytes(2 * n)
+			for b.Loop() {
+				coded = Encode(coded[:0], syms, []*Encoder{enc}, nil, scratch)
+			}
+		})
+	}
+}

@@ -1,0 +1,294 @@
+/*
+ * bigsmall.h - lossless compression of neural-network weights.
+ *
+ * A `.bs` file holds the tensors of one `.safetensors` file in about two thirds of its size and gives them back bit for
+ * bit. This header is the whole contract of libbigsmall; nothing else is exported.
+ *
+ * Conventions
+ *   - Every function that can fail returns a bs_status, 0 for success. With a non-NULL `error` it also fills in the
+ *     status, the operating system's error number where there is one, and a text that names the file, the tensor and
+ *     the numbers. On success `error` is left alone.
+ *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns, with one exception:
+ *     the memory given to bs_reader_open_memory stays in use until bs_reader_close. The library owns only what a
+ *     bs_*_open returned, until its bs_*_close. Closing NULL is allowed and does nothing.
+ *   - `dst_cap` is room in bytes, `src_len` content in bytes. Nothing is read or written outside those lengths. A buffer
+ *     of length 0 may be NULL.
+ *   - Texts are UTF-8. Paths and names that come in end with NUL; texts that go out are written without a NUL, and
+ *     their whole length goes to `*len` even where the room was too small (BS_DST_TOO_SMALL; nothing is written then).
+ *     Call with dst NULL and dst_cap 0 to learn the size.
+ *   - Structs the caller fills begin with `size = sizeof(the struct)`, so that a later version can add members at the
+ *     end. Members unknown to the caller are taken as 0. A size smaller than the first version's is refused.
+ *   - Every function may be called from many threads at once, on one reader too. One writer belongs to one thread at a
+ *     time. A handle must not be closed while another thread uses it.
+ *   - After fork() the library does not work in the child: every call there returns BS_FORKED and does nothing.
+ *   - A fault inside the library is caught: the call returns BS_INTERNAL, prints its stack to standard error once, and
+ *     the handle it happened on answers BS_POISONED from then on. Other handles go on working.
+ */
+#ifndef BIGSMALL_H
+#define BIGSMALL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(BS_BUILDING) && defined(__GNUC__)
+#define BS_API __attribute__((visibility("default")))
+#else
+#define BS_API
+#endif
+
+/* Raised by one when a function or struct changes in a way that an existing caller would notice. */
+#define BS_ABI_VERSION 1
+
+/* Most dimensions a tensor may have; the limit of numpy and torch. */
+#define BS_MAX_DIMS 64
+
+/* What went wrong, and so what to do. The numbers never change. */
+typedef enum bs_status {
+    BS_OK = 0,
+    BS_INVALID_ARGUMENT = 10,    /* the call is wrong: a NULL, an impossible option, a source that is no safetensors file */
+    BS_DST_TOO_SMALL = 12,       /* the room given does not hold the result */
+    BS_NOT_FOUND = 14,           /* no tensor of that name or index */
+    BS_UNSUPPORTED_VERSION = 20, /* a container version or draft this library does not read */
+    BS_UNSUPPORTED_CODEC = 22,   /* a tensor's codec is unknown here */
+    BS_UNSUPPORTED_FEATURE = 24, /* the file requires a feature that is unknown here, or a dtype is */
+    BS_CORRUPT = 30,             /* the bytes contradict the format */
+    BS_TRUNCATED = 32,           /* the file ends too early */
+    BS_CHECKSUM = 34,            /* stored and computed checksums differ */
+    BS_WRONG_BASE = 36,          /* a delta needs a base model, or another one than was given */
+    BS_IO = 40,                  /* the operating system said no: see os_error */
+    BS_CANCELLED = 50,           /* the cancel flag was set */
+    BS_POISONED = 90,            /* an earlier fault made this handle unusable: close it */
+    BS_INTERNAL = 91,            /* a fault of the library: please report it */
+    BS_FORKED = 92               /* called in a child of fork(): load the library anew there, or use spawn */
+} bs_status;
+
+/* How much work goes into size. Any reader reads every mode. */
+typedef enum bs_mode {
+    BS_MODE_BALANCED = 0,  /* the default */
+    BS_MODE_INFERENCE = 1, /* fastest decoding */
+    BS_MODE_STORAGE = 2    /* smallest files */
+} bs_mode;
+
+/* Element types. Those of less than a byte are packed; `element` below then means one byte of storage. */
+typedef enum bs_dtype {
+    BS_BOOL = 1,
+    BS_U8 = 2,
+    BS_I8 = 3,
+    BS_U16 = 4,
+    BS_I16 = 5,
+    BS_U32 = 6,
+    BS_I32 = 7,
+    BS_U64 = 8,
+    BS_I64 = 9,
+    BS_F16 = 10,
+    BS_BF16 = 11,
+    BS_F32 = 12,
+    BS_F64 = 13,
+    BS_C64 = 14,
+    BS_F8_E4M3 = 15,
+    BS_F8_E5M2 = 16,
+    BS_F8_E4M3FNUZ = 17,
+    BS_F8_E5M2FNUZ = 18,
+    BS_F8_E8M0 = 19,
+    BS_F4 = 20,     /* two values a byte; shape as torch packs it, last dimension halved */
+    BS_F6_E2M3 = 21, /* packed bytes; shape is [bytes] */
+    BS_F6_E3M2 = 22  /* packed bytes; shape is [bytes] */
+} bs_dtype;
+
+typedef struct bs_error {
+    int32_t status;   /* bs_status */
+    int32_t os_error; /* errno of a BS_IO, else 0 */
+    char text[2040];  /* ends with NUL; cut on a character where it is longer */
+} bs_error;
+
+/* How a long call runs. A NULL job means all defaults. The library reads and writes the counters atomically. */
+typedef struct bs_job {
+    size_t size;
+    int32_t workers;       /* threads to use, 0 for bs_workers() */
+    int32_t reserved;      /* 0 */
+    const int32_t *cancel; /* may be NULL; polled at every block, and a value other than 0 ends the call with BS_CANCELLED */
+    int64_t *done;         /* may be NULL; uncompressed bytes finished so far, only grows */
+    int64_t *total;        /* may be NULL; uncompressed bytes to do, stored once near the start */
+} bs_job;
+
+/* Flags of bs_compress_options and bs_decompress_options. */
+#define BS_FLAG_SHA256 1     /* compress: store the SHA-256 of the whole source file; decompress then checks it */
+#define BS_FLAG_NO_REPLACE 2 /* refuse to replace an existing file (BS_IO, EEXIST) */
+#define BS_FLAG_FORCE 4      /* replace an existing, non-empty target directory */
+
+typedef struct bs_compress_options {
+    size_t size;
+    int32_t mode;  /* bs_mode */
+    int32_t flags; /* BS_FLAG_* */
+} bs_compress_options;
+
+typedef struct bs_decompress_options {
+    size_t size;
+    int32_t flags; /* BS_FLAG_* */
+    int32_t reserved;
+    const char *base; /* the base model of a delta (.safetensors, .bs or directory), else NULL */
+} bs_decompress_options;
+
+/* What a compression or decompression did. */
+typedef struct bs_result {
+    size_t size;
+    uint64_t source_bytes; /* bytes of the weight files read */
+    uint64_t output_bytes; /* bytes of the weight files written */
+    uint64_t n_tensors;
+    uint64_t n_files;
+} bs_result;
+
+/* ---- the library ---------------------------------------------------------------------------------------------- */
+
+/* BS_ABI_VERSION of the library that is loaded. */
+BS_API int32_t bs_abi_version(void);
+
+/* Version of the library, such as "0.1.0". Static, ends with NUL. */
+BS_API const char *bs_version(void);
+
+/* Name of a status, such as "checksum", or "unknown". Static, ends with NUL. */
+BS_API const char *bs_status_name(int32_t status);
+
+/* Name of a dtype as torch spells it, such as "bfloat16", or "unknown". Static, ends with NUL. */
+BS_API const char *bs_dtype_name(int32_t dtype);
+
+/* Threads a call uses where its job does not say; at first the CPUs this process may run on. */
+BS_API int32_t bs_workers(void);
+
+/* Sets that number, at least 1; 0 returns to the default. A negative one is BS_INVALID_ARGUMENT. */
+BS_API bs_status bs_set_workers(int32_t workers);
+
+/* ---- reading ---------------------------------------------------------------------------------------------------- */
+
+typedef struct bs_reader bs_reader;
+
+typedef struct bs_tensor {
+    size_t size;
+    uint64_t n_bytes;       /* decoded size: what dst needs */
+    uint64_t n_elements;    /* product of the shape; 1 for a scalar */
+    uint64_t payload_bytes; /* compressed size in the file; 0 for a tensor stored under another name */
+    int32_t dtype;          /* bs_dtype */
+    int32_t n_dims;
+    uint64_t shape[BS_MAX_DIMS];
+} bs_tensor;
+
+/* Opens a `.bs` file, or a directory of them (with or without bigsmall.index.json) as one model. Only headers are read.
+ * base: the base model where the file is a delta, else NULL. */
+BS_API bs_status bs_reader_open(const char *path, const char *base, bs_reader **reader, bs_error *error);
+
+/* The same for a whole `.bs` file in memory, which must stay unchanged until the reader is closed. */
+BS_API bs_status bs_reader_open_memory(const void *src, size_t src_len, bs_reader **reader, bs_error *error);
+
+BS_API void bs_reader_close(bs_reader *reader);
+
+/* Number of tensors, indexed from 0 in the order of the file. */
+BS_API bs_status bs_reader_count(bs_reader *reader, uint64_t *count, bs_error *error);
+
+/* Index of the tensor of that name, or BS_NOT_FOUND. */
+BS_API bs_status bs_reader_find(bs_reader *reader, const char *name, uint64_t *index, bs_error *error);
+
+BS_API bs_status bs_reader_describe(bs_reader *reader, uint64_t index, bs_tensor *tensor, bs_error *error);
+
+/* Name of a tensor. */
+BS_API bs_status bs_reader_name(bs_reader *reader, uint64_t index, char *dst, size_t dst_cap, size_t *len, bs_error *error);
+
+/* The source's `__metadata__` as a JSON object, or the text null where it had none. */
+BS_API bs_status bs_reader_metadata(bs_reader *reader, char *dst, size_t dst_cap, size_t *len, bs_error *error);
+
+/* Everything the headers say, as one JSON object: format, mode, model_type, base_model, writer, file_bytes,
+ * source_bytes, sha256, files, and for every tensor name, shape, dtype (torch's name), source_dtype and source_shape
+ * (safetensors' spelling), n_bytes, compressed_bytes, codec, special, md5, file. */
+BS_API bs_status bs_reader_info(bs_reader *reader, char *dst, size_t dst_cap, size_t *len, bs_error *error);
+
+/* Decodes a whole tensor into dst, little-endian and in C order; dst_cap must be at least n_bytes. Every block's checksum
+ * is verified before it is decoded. On failure the contents of dst are undefined. */
+BS_API bs_status bs_reader_decode(bs_reader *reader, uint64_t index, void *dst, size_t dst_cap, const bs_job *job, bs_error *error);
+
+/* Decodes elements first .. first+count-1 of the flattened tensor. Only the blocks that hold them are read. An element is
+ * n_bytes / n_elements bytes; where that is no whole number (sub-byte types) it is one byte. */
+BS_API bs_status bs_reader_decode_range(bs_reader *reader, uint64_t index, uint64_t first, uint64_t count, void *dst,
+                                        size_t dst_cap, const bs_job *job, bs_error *error);
+
+/* One request of bs_reader_decode_many. */
+typedef struct bs_decode_item {
+    uint64_t index;
+    void *dst;
+    size_t dst_cap;
+} bs_decode_item;
+
+/* Decodes many tensors at once over all workers; the fastest way to load a model. */
+BS_API bs_status bs_reader_decode_many(bs_reader *reader, const bs_decode_item *items, size_t n_items, const bs_job *job,
+                                       bs_error *error);
+
+/* Decodes a whole tensor like bs_reader_decode and compares its MD5 with the header's: BS_CHECKSUM where they differ. */
+BS_API bs_status bs_reader_decode_verified(bs_reader *reader, uint64_t index, void *dst, size_t dst_cap, const bs_job *job,
+                                           bs_error *error);
+
+/* ---- writing from memory ---------------------------------------------------------------------------------------- */
+
+typedef struct bs_writer bs_writer;
+
+typedef struct bs_tensor_spec {
+    size_t size;
+    const char *name;
+    int32_t dtype;  /* bs_dtype */
+    int32_t n_dims; /* 0 to BS_MAX_DIMS */
+    const uint64_t *shape;
+} bs_tensor_spec;
+
+/* Largest `.bs` file that `source_bytes` bytes in n_tensors tensors whose names take name_bytes bytes can become. */
+BS_API uint64_t bs_compress_bound(uint64_t source_bytes, uint64_t n_tensors, uint64_t name_bytes);
+
+/* Begins a file of exactly these tensors. metadata: a JSON object of strings, or NULL. The target appears, whole, at
+ * bs_writer_finish; until then the bytes stand in a temporary file beside it. */
+BS_API bs_status bs_writer_open(const char *path, const bs_tensor_spec *specs, size_t n_specs, const char *metadata,
+                                const bs_compress_options *options, bs_writer **writer, bs_error *error);
+
+/* Compresses tensor `index` of the specs from memory, little-endian and in C order; src_len must be its exact size. Each
+ * tensor is put once, in any order; what is written follows the order of the puts. */
+BS_API bs_status bs_writer_put(bs_writer *writer, uint64_t index, const void *src, size_t src_len, const bs_job *job,
+                               bs_error *error);
+
+/* Completes and publishes the file. Every tensor must have been put. The writer still has to be closed. */
+BS_API bs_status bs_writer_finish(bs_writer *writer, bs_result *result, bs_error *error);
+
+/* Frees the writer; without a bs_writer_finish before, nothing of the file remains. */
+BS_API void bs_writer_close(bs_writer *writer);
+
+/* ---- files and directories -------------------------------------------------------------------------------------- */
+
+/* Compresses a `.safetensors` file to a `.bs` file, or a model directory to a new directory. What is written is decoded
+ * again and compared before it is published. options, job and result may be NULL. */
+BS_API bs_status bs_compress(const char *src, const char *dst, const bs_compress_options *options, const bs_job *job,
+                             bs_result *result, bs_error *error);
+
+/* Compresses a fine-tune as its difference to a base model (`.safetensors`, `.bs` or directory). */
+BS_API bs_status bs_compress_delta(const char *src, const char *base, const char *dst, const bs_compress_options *options,
+                                   const bs_job *job, bs_result *result, bs_error *error);
+
+/* Restores the `.safetensors` file, or the directory, byte for byte; every tensor's MD5 is checked before the target
+ * appears. */
+BS_API bs_status bs_decompress(const char *src, const char *dst, const bs_decompress_options *options, const bs_job *job,
+                               bs_result *result, bs_error *error);
+
+typedef struct bs_verify_result {
+    size_t size;
+    uint64_t n_tensors; /* tensors looked at */
+    uint64_t n_bad;     /* of them, damaged or different */
+} bs_verify_result;
+
+/* Decodes everything and checks every checksum and MD5; with `source` (a `.safetensors` file or directory) compares with
+ * it too. Damaged tensors are counted and listed in `report`, one JSON object {"file", "tensor", "problem"} a line, as
+ * many whole lines as fit report_cap; their length goes to *report_len. BS_OK means that the check ran: look at n_bad. */
+BS_API bs_status bs_verify(const char *path, const char *source, const char *base, const bs_job *job,
+                           bs_verify_result *result, char *report, size_t report_cap, size_t *report_len, bs_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* BIGSMALL_H */
