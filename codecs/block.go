@@ -38,6 +38,9 @@ const (
 
 // Scratch is the reusable memory of one goroutine; it has no meaning between calls.
 type Scratch struct {
+	// For whoever moves blocks about: compressed bytes, a decoded block, a base's block.
+	Input, Output, BaseBytes []byte
+
 	words, base    []uint64
 	sym, mant      []uint16
 	rest           []uint16
@@ -606,18 +609,13 @@ func (f *Format) differences(words, base []uint64, sym []uint16) {
 	}
 }
 
-// appendBlock encodes block of a group, decodes it again and compares; it returns the index entry too.
-func (f *Format) appendBlock(dst []byte, group int, raw, base []byte, e *Encoding, last bool, payloadStart int, s *Scratch) ([]byte, indexItem, error) {
+// appendBlock encodes a block of a group, decodes it again and compares.
+func (e *Encoding) appendBlock(dst []byte, group int, raw, base []byte, s *Scratch) ([]byte, indexItem, error) {
 	start := len(dst)
-	dst = f.encodeBlock(dst, group, raw, base, e.plans, e.whole, e.level, s)
-	if last { // the padding of a payload belongs to its last block, so that a checksum covers it
-		for (payloadStart+len(dst)-start)%Align != 0 {
-			dst = append(dst, 0)
-		}
-	}
+	dst = e.encodeBlock(dst, group, raw, base, e.plans, e.whole, e.level, s)
 	block := dst[start:]
 	s.check = slices.Grow(s.check[:0], len(raw))[:len(raw)]
-	if err := f.decodeBlock(group, s.check, block, base, s); err != nil {
+	if err := e.decodeBlock(group, s.check, block, base, s); err != nil {
 		return nil, indexItem{}, errorf(Internal, "block does not decode after encoding: %s", err)
 	}
 	if string(s.check) != string(raw) {

@@ -96,9 +96,8 @@ func (e *Encoding) HeadLen() int { return e.headLen }
 // Index collects what the groups of a payload report.
 type Index struct{ items []indexItem }
 
-// AppendGroup appends the coded blocks of group g. at is the offset in the payload of the byte after dst's end; it matters
-// for the last group alone, whose padding fills the payload up.
-func (e *Encoding) AppendGroup(dst []byte, g int, at int64, s *Scratch) ([]byte, Index, error) {
+// AppendGroup appends the coded blocks of group g.
+func (e *Encoding) AppendGroup(dst []byte, g int, s *Scratch) ([]byte, Index, error) {
 	var index Index
 	if err := e.choose(g, s); err != nil {
 		return nil, index, err
@@ -108,15 +107,25 @@ func (e *Encoding) AppendGroup(dst []byte, g int, at int64, s *Scratch) ([]byte,
 		if err != nil {
 			return nil, index, err
 		}
-		last := b == e.blocks()-1
 		var item indexItem
-		if dst, item, err = e.appendBlock(dst, g, raw, base, e, last, int(at%Align), s); err != nil {
+		if dst, item, err = e.appendBlock(dst, g, raw, base, s); err != nil {
 			return nil, index, fmt.Errorf("block %d: %w", b, err)
 		}
 		index.items = append(index.items, item)
-		at += int64(item.length)
 	}
 	return dst, index, nil
+}
+
+// Seal pads the last group of a payload, which begins at byte at of it: the padding of a payload belongs to its last
+// block, so that a checksum covers it.
+func (e *Encoding) Seal(group []byte, index Index, at int64) []byte {
+	last := &index.items[len(index.items)-1]
+	start := len(group) - int(last.length)
+	for (at+int64(len(group)))%Align != 0 {
+		group = append(group, 0)
+	}
+	*last = indexItem{uint32(len(group) - start), xxh3.Hash(group[start:])}
+	return group
 }
 
 // Head is the head of the payload, once every group is encoded.

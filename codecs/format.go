@@ -259,7 +259,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		at += length
 	}
 	p.offset[n] = at
-	if at != payloadLen && (n > 0 || payloadLen-at >= Align) {
+	if n == 0 || at != payloadLen {
 		return nil, corrupt("blocks end at byte %d of a payload of %d", at, payloadLen)
 	}
 	return p, nil

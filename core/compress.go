@@ -1,0 +1,428 @@
+package core
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"bigsmall.dev/bigsmall/codecs"
+)
+
+// Compress compresses a `.safetensors` file to a `.bs` file, or a model directory to a new directory.
+func Compress(src, dst string, opts Options, job *Job) (Result, error) {
+	return compress(src, "", dst, opts, newPool(job))
+}
+
+// CompressDelta compresses a fine-tune as its difference to a base model: `.safetensors`, `.bs` or directory.
+func CompressDelta(src, basePath, dst string, opts Options, job *Job) (Result, error) {
+	return compress(src, basePath, dst, opts, newPool(job))
+}
+
+func compress(src, basePath, dst string, opts Options, p *pool) (Result, error) {
+	if opts.Mode >= codecs.EndMode {
+		return Result{}, failf(InvalidArgument, "mode %d", opts.Mode)
+	}
+	info, err := os.Stat(src)
+	if err != nil {
+		return Result{}, inFile(err, src)
+	}
+	if info.IsDir() {
+		return compressTree(src, basePath, dst, opts, p)
+	}
+	p.total(info.Size())
+	var b *base
+	if basePath != "" {
+		if b, err = openBase(basePath); err != nil {
+			return Result{}, err
+		}
+		defer b.Close()
+	}
+	return compressFile(src, dst, b, opts, ties{}, "", p)
+}
+
+// baseName is what a header calls the base: a name, never a path.
+func baseName(path string) string {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		abs = path
+	}
+	name := filepath.Base(abs)
+	ext := filepath.Ext(name)
+	if ext != ".safetensors" && ext != ".bs" {
+		return name
+	}
+	if stem := strings.TrimSuffix(name, ext); !strings.HasPrefix(stem, "model") {
+		return stem
+	}
+	return filepath.Base(filepath.Dir(abs)) // model.safetensors says nothing, its directory does
+}
+
+// sameFile reports whether both paths lead to one file.
+func sameFile(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
+// compressFile compresses one file. shared and shard tie it to its siblings; see ties.
+func compressFile(src, dst string, b *base, opts Options, shared ties, shard string, p *pool) (res Result, err error) {
+	if sameFile(src, dst) {
+		return res, failf(InvalidArgument, "%s and %s are the same file", src, dst)
+	}
+	f, err := os.Open(src)
+	if err != nil {
+		return res, inFile(err, src)
+	}
+	defer f.Close()
+	before, err := f.Stat()
+	if err != nil {
+		return res, inFile(err, src)
+	}
+	if !before.Mode().IsRegular() {
+		return res, failf(InvalidArgument, "%s is no regular file", src)
+	}
+	layout, err := readSource(f, before.Size())
+	if err != nil {
+		return res, inFile(err, src)
+	}
+	name := ""
+	items := make([]*item, len(layout.tensors))
+	for i, t := range layout.tensors {
+		items[i] = &item{spec: t, src: io.NewSectionReader(f, int64(len(layout.prefix))+t.Begin, t.End-t.Begin)}
+		if b == nil || t.Begin == t.End {
+			continue
+		}
+		if items[i].base, err = b.find(t.Name, t.DType, t.End-t.Begin); err != nil {
+			return res, err
+		}
+		if items[i].base != nil {
+			if _, err = items[i].base.identity(); err != nil {
+				return res, inFile(err, b.path)
+			}
+		}
+	}
+	if b != nil {
+		name = baseName(b.path)
+	}
+	w, err := newWriter(dst, layout, name, opts, shared, shard)
+	if err != nil {
+		return res, inFile(err, dst)
+	}
+	published := false
+	defer func() {
+		if !published {
+			w.tmp.abandon()
+		}
+	}()
+	if err := w.put(items, p); err != nil {
+		return res, inFile(err, src)
+	}
+	var sum []byte
+	if opts.SHA256 {
+		h := sha256.New()
+		if _, err := io.CopyBuffer(h, onlyReader{io.NewSectionReader(f, 0, before.Size())}, make([]byte, 1<<20)); err != nil {
+			return res, inFile(err, src)
+		}
+		sum = h.Sum(nil)
+	}
+	after, err := f.Stat()
+	if err != nil {
+		return res, inFile(err, src)
+	}
+	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) {
+		return res, &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
+	}
+	n, err := w.finish(sum)
+	published = true // or abandoned by publish
+	if err != nil {
+		return res, inFile(err, dst)
+	}
+	return Result{before.Size(), n, len(layout.tensors), 1}, nil
+}
+
+// tree is what a directory holds, links followed: paths relative to it, sorted.
+type tree struct {
+	root  string
+	dirs  []string
+	files []string
+}
+
+func readTree(root string) (*tree, error) {
+	t := &tree{root: root}
+	var walk func(rel string, above []os.FileInfo) error
+	walk = func(rel string, above []os.FileInfo) error {
+		dir := filepath.Join(root, rel)
+		info, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		for _, a := range above {
+			if os.SameFile(a, info) {
+				return failf(InvalidArgument, "%s links to a directory above it", dir)
+			}
+		}
+		above = append(above, info)
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			path := filepath.Join(rel, e.Name())
+			info, err := os.Stat(filepath.Join(root, path))
+			if err != nil {
+				return err
+			}
+			switch {
+			case info.IsDir():
+				t.dirs = append(t.dirs, path)
+				if err := walk(path, above); err != nil {
+					return err
+				}
+			case info.Mode().IsRegular():
+				t.files = append(t.files, path)
+			default:
+				return failf(InvalidArgument, "%s is neither file nor directory", filepath.Join(root, path))
+			}
+		}
+		return nil
+	}
+	return t, walk("", nil)
+}
+
+// within reports whether path lies in dir or is it, links followed as far as the path exists.
+func within(path, dir string) bool {
+	real := func(p string) string {
+		p, _ = filepath.Abs(p)
+		rest := ""
+		for {
+			if r, err := filepath.EvalSymlinks(p); err == nil {
+				return filepath.Join(r, rest)
+			}
+			up := filepath.Dir(p)
+			if up == p {
+				return filepath.Join(p, rest)
+			}
+			rest = filepath.Join(filepath.Base(p), rest)
+			p = up
+		}
+	}
+	rel, err := filepath.Rel(real(dir), real(path))
+	return err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator))
+}
+
+// newTree builds a directory in a sibling of dst and gives it its name once build is through.
+func newTree(src, dst string, force bool, build func(tmp string) error) error {
+	if within(dst, src) || within(src, dst) {
+		return failf(InvalidArgument, "%s and %s lie within each other: choose a target elsewhere", src, dst)
+	}
+	old := false
+	if info, err := os.Stat(dst); err == nil {
+		if !info.IsDir() {
+			return &Error{Status: IO, File: dst, Msg: "exists and is no directory", Err: os.ErrExist}
+		}
+		entries, err := os.ReadDir(dst)
+		if err != nil {
+			return err
+		}
+		if old = true; len(entries) > 0 && !force {
+			return &Error{Status: IO, File: dst, Msg: "exists and is not empty: remove it, or use force to replace it", Err: os.ErrExist}
+		}
+	}
+	parent, name := filepath.Split(filepath.Clean(dst))
+	if parent == "" {
+		parent = "."
+	}
+	tmp, err := os.MkdirTemp(parent, "."+name+".tmp-"+pid+"-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return err
+	}
+	if err := build(tmp); err != nil {
+		return err
+	}
+	if old {
+		aside := tmp + ".old"
+		if err := os.Rename(dst, aside); err != nil {
+			return err
+		}
+		if err := os.Rename(tmp, dst); err != nil {
+			return errorsJoin(err, os.Rename(aside, dst))
+		}
+		return os.RemoveAll(aside)
+	}
+	if err := os.Rename(tmp, dst); err != nil {
+		return err
+	}
+	return syncDir(dst)
+}
+
+func errorsJoin(a, b error) error {
+	if b == nil {
+		return a
+	}
+	return fmt.Errorf("%w; and then: %s", a, b)
+}
+
+// copyFile copies contents and permissions.
+func copyFile(src, dst string) error {
+	in, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	info, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, info.Mode().Perm()|0o200)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	if e := out.Sync(); err == nil {
+		err = e
+	}
+	if e := out.Close(); err == nil {
+		err = e
+	}
+	return err
+}
+
+const (
+	sourceExt = ".safetensors"
+	ourExt    = ".bs"
+	indexExt  = ".safetensors.index.json"
+)
+
+// compressTree compresses every safetensors file of a directory and copies everything else.
+func compressTree(src, basePath, dst string, opts Options, p *pool) (res Result, err error) {
+	t, err := readTree(src)
+	if err != nil {
+		return res, inFile(err, src)
+	}
+	total, weights := int64(0), 0
+	for _, f := range t.files {
+		if strings.HasSuffix(f, ourExt) || filepath.Base(f) == IndexName {
+			return res, failf(InvalidArgument, "%s holds %s already: compress a directory of .safetensors files", src, f)
+		}
+		if strings.HasSuffix(f, sourceExt) {
+			weights++
+			if info, err := os.Stat(filepath.Join(src, f)); err == nil {
+				total += info.Size()
+			}
+		}
+	}
+	if weights == 0 {
+		return res, failf(InvalidArgument, "%s holds no %s file", src, sourceExt)
+	}
+	p.total(total)
+	err = newTree(src, dst, opts.Force, func(tmp string) error {
+		for _, d := range t.dirs {
+			if err := os.MkdirAll(filepath.Join(tmp, d), 0o755); err != nil {
+				return err
+			}
+		}
+		for _, dir := range append([]string{"."}, t.dirs...) {
+			r, err := compressFolder(t, dir, tmp, basePath, opts, p)
+			if err != nil {
+				return err
+			}
+			res = Result{res.SourceBytes + r.SourceBytes, res.OutputBytes + r.OutputBytes, res.Tensors + r.Tensors, res.Files + r.Files}
+		}
+		return nil
+	})
+	return res, inFile(err, dst)
+}
+
+// compressFolder does the files that lie directly in one folder of the tree.
+func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (res Result, err error) {
+	var indexes []sourceIndex
+	group := map[string]int{} // shard -> the index that lists it
+	var shards []string
+	for _, f := range t.files {
+		if filepath.Dir(f) != dir {
+			continue
+		}
+		switch path := filepath.Join(t.root, f); {
+		case strings.HasSuffix(f, indexExt):
+			text, err := os.ReadFile(path)
+			if err != nil {
+				return res, err
+			}
+			indexes = append(indexes, sourceIndex{filepath.Base(f), string(text)})
+		case strings.HasSuffix(f, sourceExt):
+			shards = append(shards, filepath.Base(f))
+		default:
+			if err := copyFile(path, filepath.Join(tmp, f)); err != nil {
+				return res, err
+			}
+		}
+	}
+	for i, x := range indexes {
+		files, err := x.shards()
+		if err != nil {
+			return res, inFile(err, filepath.Join(t.root, dir, x.Name))
+		}
+		for _, s := range files {
+			if _, ok := group[s]; !ok {
+				group[s] = i
+			}
+		}
+	}
+	var b *base
+	if basePath != "" && len(shards) > 0 {
+		path := basePath
+		if info, err := os.Stat(filepath.Join(basePath, dir)); err == nil && info.IsDir() {
+			path = filepath.Join(basePath, dir)
+		}
+		if b, err = openBase(path); err != nil {
+			return res, err
+		}
+		defer b.Close()
+	}
+	shared := make([]ties, len(indexes))
+	for i := range shared {
+		shared[i] = ties{}
+	}
+	var done []string
+	for _, s := range shards {
+		name := strings.TrimSuffix(s, sourceExt) + ourExt
+		known, shard := ties{}, ""
+		if g, ok := group[s]; ok {
+			known, shard = shared[g], name
+		}
+		r, err := compressFile(filepath.Join(t.root, dir, s), filepath.Join(tmp, dir, name), b, opts, known, shard, p)
+		if err != nil {
+			return res, err
+		}
+		done = append(done, name)
+		res = Result{res.SourceBytes + r.SourceBytes, res.OutputBytes + r.OutputBytes, res.Tensors + r.Tensors, res.Files + r.Files}
+	}
+	if len(indexes) == 0 {
+		return res, nil
+	}
+	// Several indexes are variants of one model; the plain one, whose name is shortest, is what a reader opens.
+	slices.SortStableFunc(indexes, func(a, b sourceIndex) int { return len(a.Name) - len(b.Name) })
+	main, err := indexes[0].shards()
+	if err != nil {
+		return res, err
+	}
+	var names []string
+	for _, s := range main {
+		if n := strings.TrimSuffix(s, sourceExt) + ourExt; slices.Contains(done, n) {
+			names = append(names, n)
+		}
+	}
+	text, err := makeIndex(filepath.Join(tmp, dir), names, indexes, opts)
+	if err != nil {
+		return res, err
+	}
+	return res, os.WriteFile(filepath.Join(tmp, dir, IndexName), text, 0o644)
+}

@@ -1,0 +1,543 @@
+package core
+
+import (
+	"bytes"
+	"crypto/md5"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json"
+
+	"bigsmall.dev/bigsmall/codecs"
+)
+
+// IndexName is the file that lists the shards of a model directory.
+const IndexName = "bigsmall.index.json"
+
+// Reader decodes the tensors of a `.bs` file or of a model directory. It is safe for use by many goroutines at once.
+type Reader struct {
+	path    string
+	files   []*container
+	closers []io.Closer
+	tensors []tensor
+	byName  map[string]int
+	base    *base
+
+	mu       sync.Mutex
+	recent   []*payload          // a few, most recent last: slices of one tensor come in runs
+	siblings map[string]*sibling // files that ties lead to
+	dir      string              // where they are, or ""
+}
+
+type tensor struct {
+	file  *container
+	entry *entry
+}
+
+type sibling struct {
+	c   *container
+	f   *os.File
+	err error
+}
+
+// Open opens a `.bs` file or a directory of them; only headers are read. basePath is the base model of a delta, or "".
+func Open(path, basePath string) (*Reader, error) {
+	r := &Reader{path: path}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, inFile(err, path)
+	}
+	names := []string{path}
+	if info.IsDir() {
+		if names, err = shardFiles(path); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range names {
+		if err = r.add(name); err != nil {
+			break
+		}
+	}
+	if err == nil {
+		err = r.index(filepath.Dir(names[0]))
+	}
+	if err == nil && basePath != "" {
+		r.base, err = openBase(basePath)
+	}
+	if err == nil {
+		err = r.checkBase()
+	}
+	if err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// OpenBytes opens a whole `.bs` file in memory, which must stay unchanged while the reader is used.
+func OpenBytes(b []byte) (*Reader, error) {
+	c, err := openContainer("", bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		return nil, err
+	}
+	r := &Reader{files: []*container{c}}
+	if err := r.index(""); err != nil {
+		return nil, err
+	}
+	return r, r.checkBase()
+}
+
+func (r *Reader) add(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return inFile(err, name)
+	}
+	r.closers = append(r.closers, f)
+	info, err := f.Stat()
+	if err != nil {
+		return inFile(err, name)
+	}
+	if !info.Mode().IsRegular() {
+		return &Error{Status: InvalidArgument, File: name, Msg: "is no regular file"}
+	}
+	c, err := openContainer(name, f, info.Size())
+	if err != nil {
+		return err
+	}
+	r.files = append(r.files, c)
+	return nil
+}
+
+func (r *Reader) index(dir string) error {
+	r.dir, r.byName = dir, map[string]int{}
+	for _, c := range r.files {
+		for i := range c.entries {
+			e := &c.entries[i]
+			if j, twice := r.byName[e.name]; twice {
+				return &Error{Status: Corrupt, File: c.name, Tensor: e.name,
+					Msg: fmt.Sprintf("%s holds a tensor of that name too", r.tensors[j].file.name)}
+			}
+			r.byName[e.name] = len(r.tensors)
+			r.tensors = append(r.tensors, tensor{c, e})
+		}
+	}
+	return nil
+}
+
+// shardFiles are the `.bs` files of a directory: those that its index lists, else all of them.
+func shardFiles(dir string) ([]string, error) {
+	text, err := os.ReadFile(filepath.Join(dir, IndexName))
+	if errors.Is(err, os.ErrNotExist) {
+		all, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, err
+		}
+		var names []string
+		for _, e := range all {
+			if strings.HasSuffix(e.Name(), ".bs") && !strings.HasPrefix(e.Name(), ".") {
+				names = append(names, filepath.Join(dir, e.Name()))
+			}
+		}
+		if len(names) == 0 {
+			return nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file and no " + IndexName, Err: os.ErrNotExist}
+		}
+		return names, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	index, err := parseIndex(text)
+	if err != nil {
+		return nil, inFile(err, filepath.Join(dir, IndexName))
+	}
+	var names []string
+	for _, s := range index.shards() {
+		if filepath.Base(s) != s || s == ".." || s == "." {
+			return nil, &Error{Status: Corrupt, File: filepath.Join(dir, IndexName), Msg: fmt.Sprintf("shard %q is no plain file name", s)}
+		}
+		names = append(names, filepath.Join(dir, s))
+	}
+	return names, nil
+}
+
+// Close frees the files. Nothing else may use the reader any more.
+func (r *Reader) Close() {
+	for _, c := range r.closers {
+		c.Close()
+	}
+	for _, s := range r.siblings {
+		if s.f != nil {
+			s.f.Close()
+		}
+	}
+	if r.base != nil {
+		r.base.Close()
+	}
+}
+
+// Len is the number of tensors.
+func (r *Reader) Len() int { return len(r.tensors) }
+
+// Find is the index of the tensor of that name.
+func (r *Reader) Find(name string) (int, error) {
+	if i, ok := r.byName[name]; ok {
+		return i, nil
+	}
+	return 0, &Error{Status: NotFound, File: r.path, Msg: fmt.Sprintf("holds no tensor %q", name)}
+}
+
+// Tensor describes a tensor.
+type Tensor struct {
+	Name    string
+	DType   codecs.DType
+	Shape   []uint64
+	Bytes   int64 // decoded
+	Payload int64 // in the file; 0 for a tensor stored under another name
+}
+
+// Tensor describes tensor i.
+func (r *Reader) Tensor(i int) (Tensor, error) {
+	if i < 0 || i >= len(r.tensors) {
+		return Tensor{}, &Error{Status: NotFound, File: r.path, Msg: fmt.Sprintf("tensor %d of %d", i, len(r.tensors))}
+	}
+	e := r.tensors[i].entry
+	return Tensor{e.name, e.dtype, e.shape, e.bytes, e.compressed}, nil
+}
+
+// Metadata is the source's `__metadata__` as a JSON object, or "null". Shards have their keys joined.
+func (r *Reader) Metadata() ([]byte, error) {
+	var all map[string]string
+	for _, c := range r.files {
+		for k, v := range c.header.Metadata {
+			if all == nil {
+				all = map[string]string{}
+			}
+			if _, ok := all[k]; !ok {
+				all[k] = v
+			}
+		}
+	}
+	return json.Marshal(all, json.Deterministic(true), json.FormatNilMapAsNull(true))
+}
+
+// master is where a tensor's bytes stand: the tensor itself, or the one it is tied to.
+func (r *Reader) master(t tensor) (tensor, error) {
+	e := t.entry
+	if e.tiedTo == "" {
+		return t, nil
+	}
+	c := t.file
+	if e.shard != "" {
+		var err error
+		if c, err = r.sibling(e.shard); err != nil {
+			f := asError(err)
+			return t, &Error{Status: f.Status, File: t.file.name, Tensor: e.name, Err: f.Err,
+				Msg: fmt.Sprintf("its bytes are those of %q in the shard %s: %s", e.tiedTo, e.shard, f)}
+		}
+	}
+	i, ok := c.byName[e.tiedTo]
+	if !ok || c.entries[i].tiedTo != "" || c.entries[i].bytes != e.bytes || c.entries[i].md5 != e.md5 {
+		return t, &Error{Status: Corrupt, File: t.file.name, Tensor: e.name,
+			Msg: fmt.Sprintf("its bytes should be those of %q in %s, which holds another tensor or none", e.tiedTo, c.name)}
+	}
+	return tensor{c, &c.entries[i]}, nil
+}
+
+// sibling opens the shard of that name in the directory of the file.
+func (r *Reader) sibling(name string) (*container, error) {
+	for _, c := range r.files {
+		if filepath.Base(c.name) == name {
+			return c, nil
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s, ok := r.siblings[name]; ok {
+		return s.c, s.err
+	}
+	s := &sibling{}
+	if r.dir == "" {
+		s.err = failf(InvalidArgument, "not reachable from a file in memory; open the file by its path")
+	} else if s.f, s.err = os.Open(filepath.Join(r.dir, name)); s.err == nil {
+		var info os.FileInfo
+		if info, s.err = s.f.Stat(); s.err == nil {
+			s.c, s.err = openContainer(filepath.Join(r.dir, name), s.f, info.Size())
+		}
+	}
+	if r.siblings == nil {
+		r.siblings = map[string]*sibling{}
+	}
+	r.siblings[name] = s
+	return s.c, s.err
+}
+
+// payload is a tensor whose head is parsed.
+type payload struct {
+	*codecs.Payload
+	tensor
+	base *baseTensor
+}
+
+func (r *Reader) openPayload(t tensor) (*payload, error) {
+	m, err := r.master(t)
+	if err != nil {
+		return nil, err
+	}
+	fail := func(err error) (*payload, error) { return nil, at(err, m.file.name, m.entry.name) }
+	head, err := m.file.read(m.entry.offset, m.entry.head)
+	if err != nil {
+		return fail(err)
+	}
+	p, err := codecs.ParseHead(head, m.entry.checksum, m.entry.dtype, m.entry.bytes, m.entry.compressed)
+	if err != nil {
+		return fail(err)
+	}
+	if p.NeedsBase() != (m.entry.baseMD5 != nil) {
+		return fail(failf(Corrupt, "codec %s with a payload of another kind", m.entry.codec))
+	}
+	out := &payload{Payload: p, tensor: m}
+	if p.NeedsBase() {
+		if r.base == nil {
+			return fail(r.noBase(m.file))
+		}
+		if out.base, err = r.base.tensor(m.entry.name, m.entry.dtype, m.entry.bytes, m.entry.baseMD5); err != nil {
+			return fail(err)
+		}
+	}
+	return out, nil
+}
+
+func (r *Reader) noBase(c *container) error {
+	name := "another model"
+	if c.header.BaseModel != nil && *c.header.BaseModel != "" {
+		name = fmt.Sprintf("the model %q", *c.header.BaseModel)
+	}
+	return &Error{Status: WrongBase, File: c.name, Msg: fmt.Sprintf("holds differences to %s: pass it as the base", name)}
+}
+
+// checkBase makes sure, where a base was given, that it has every tensor that differences were taken to. That its bytes
+// are the right ones is checked before a tensor is decoded.
+func (r *Reader) checkBase() error {
+	if r.base == nil {
+		return nil
+	}
+	for _, t := range r.tensors {
+		if t.entry.baseMD5 != nil {
+			if err := r.base.has(t.entry.name, t.entry.dtype, t.entry.bytes); err != nil {
+				return at(err, t.file.name, t.entry.name)
+			}
+		}
+	}
+	return nil
+}
+
+// cached is openPayload with a memory of the last few.
+func (r *Reader) cached(t tensor) (*payload, error) {
+	r.mu.Lock()
+	for i, p := range r.recent {
+		if p.entry == t.entry || t.entry.tiedTo != "" && t.entry.shard == "" && p.entry.name == t.entry.tiedTo && p.file == t.file {
+			r.recent = append(slices.Delete(r.recent, i, i+1), p)
+			r.mu.Unlock()
+			return p, nil
+		}
+	}
+	r.mu.Unlock()
+	p, err := r.openPayload(t)
+	if err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.recent) == 8 {
+		r.recent = slices.Delete(r.recent, 0, 1)
+	}
+	r.recent = append(r.recent, p)
+	return p, nil
+}
+
+// readBlocks reads blocks first to last-1 at once.
+func (p *payload) readBlocks(first, last int, buf []byte) ([]byte, error) {
+	from, _ := p.BlockSpan(first)
+	end, n := p.BlockSpan(last - 1)
+	size := int(end + n - from)
+	buf = slices.Grow(buf[:0], size)[:size]
+	got, err := p.file.src.ReadAt(buf, p.entry.offset+from)
+	if got == size {
+		return buf, nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return buf, err
+}
+
+// decode decodes the tensor's bytes from lo to hi, within blocks first to last-1, into dst.
+func (p *payload) decode(first, last int, lo, hi int64, dst []byte, s *codecs.Scratch) error {
+	src, err := p.readBlocks(first, last, s.Input)
+	if err != nil {
+		return at(err, p.file.name, p.entry.name)
+	}
+	s.Input = src
+	start, _ := p.BlockSpan(first)
+	for b := first; b < last; b++ {
+		off, n := p.BlockSpan(b)
+		from := int64(b) * p.BlockBytes()
+		to := min(from+p.BlockBytes(), p.entry.bytes)
+		var base []byte
+		if p.base != nil {
+			if base, err = p.base.block(from, to, s); err != nil {
+				return err
+			}
+		}
+		a, z := max(from, lo), min(to, hi)
+		out := dst[a-lo : z-lo]
+		if a != from || z != to { // only part of the block is wanted
+			s.Output = slices.Grow(s.Output[:0], int(to-from))[:to-from]
+			out = s.Output
+		}
+		if err := p.DecodeBlock(b, out, src[off-start:off-start+n], base, s); err != nil {
+			return at(err, p.file.name, p.entry.name)
+		}
+		if a != from || z != to {
+			copy(dst[a-lo:z-lo], out[a-from:z-from])
+		}
+	}
+	return nil
+}
+
+// piece is a run of blocks of a request.
+type piece struct {
+	r           *request
+	first, last int
+}
+
+// request is bytes lo to hi of a tensor on their way to dst. Its payload is opened by whoever comes first and let go by
+// whoever finishes last, so that tables do not pile up.
+type request struct {
+	tensor
+	lo, hi int64
+	dst    []byte
+	open   sync.Once
+	p      *payload
+	err    error
+	left   atomic.Int32
+}
+
+// decodeAll runs requests, block by block, over the pool.
+func (r *Reader) decodeAll(requests []*request, p *pool) error {
+	var pieces []piece
+	total := int64(0)
+	for _, q := range requests {
+		if q.hi == q.lo {
+			continue
+		}
+		total += q.hi - q.lo
+		word := int64(codecs.BlockWords * q.entry.dtype.WordBytes())
+		first, last := int(q.lo/word), int((q.hi+word-1)/word)
+		const run = codecs.GroupBlocks
+		for b := first; b < last; b += run {
+			pieces = append(pieces, piece{q, b, min(b+run, last)})
+			q.left.Add(1)
+		}
+	}
+	p.total(total)
+	return p.run(len(pieces), func(i int, s *codecs.Scratch) error {
+		q := pieces[i].r
+		q.open.Do(func() {
+			if len(requests) == 1 {
+				q.p, q.err = r.cached(q.tensor)
+			} else {
+				q.p, q.err = r.openPayload(q.tensor)
+			}
+		})
+		if q.err != nil {
+			return q.err
+		}
+		word := q.p.BlockBytes()
+		lo, hi := max(q.lo, int64(pieces[i].first)*word), min(q.hi, int64(pieces[i].last)*word)
+		err := q.p.decode(pieces[i].first, pieces[i].last, lo, hi, q.dst[lo-q.lo:hi-q.lo], s)
+		if q.left.Add(-1) == 0 {
+			q.p = nil
+		}
+		p.done(hi - lo)
+		return err
+	})
+}
+
+func (r *Reader) request(i int, dst []byte) (*request, error) {
+	if _, err := r.Tensor(i); err != nil {
+		return nil, err
+	}
+	t := r.tensors[i]
+	if int64(len(dst)) < t.entry.bytes {
+		return nil, &Error{Status: DstTooSmall, File: t.file.name, Tensor: t.entry.name,
+			Msg: fmt.Sprintf("room for %d bytes, %d are needed", len(dst), t.entry.bytes)}
+	}
+	return &request{tensor: t, hi: t.entry.bytes, dst: dst}, nil
+}
+
+// Decode decodes tensor i into dst, little-endian and in C order.
+func (r *Reader) Decode(i int, dst []byte, job *Job) error {
+	return r.DecodeMany([]Item{{i, dst}}, job)
+}
+
+// Item is one request of DecodeMany.
+type Item struct {
+	Index int
+	Dst   []byte
+}
+
+// DecodeMany decodes many tensors at once over all workers.
+func (r *Reader) DecodeMany(items []Item, job *Job) error {
+	requests := make([]*request, len(items))
+	for k, it := range items {
+		q, err := r.request(it.Index, it.Dst)
+		if err != nil {
+			return err
+		}
+		requests[k] = q
+	}
+	return r.decodeAll(requests, newPool(job))
+}
+
+// DecodeRange decodes elements first to first+count-1 of the flattened tensor; only their blocks are read.
+func (r *Reader) DecodeRange(i int, first, count uint64, dst []byte, job *Job) error {
+	if _, err := r.Tensor(i); err != nil {
+		return err
+	}
+	t := r.tensors[i]
+	size := uint64(storageBits(t.entry.dtype) / 8)
+	if n := t.entry.elements(); first > n || count > n-first {
+		return &Error{Status: InvalidArgument, File: t.file.name, Tensor: t.entry.name,
+			Msg: fmt.Sprintf("elements %d to %d of %d", first, first+count, n)}
+	}
+	if uint64(len(dst)) < count*size {
+		return &Error{Status: DstTooSmall, File: t.file.name, Tensor: t.entry.name,
+			Msg: fmt.Sprintf("room for %d bytes, %d are needed", len(dst), count*size)}
+	}
+	q := &request{tensor: t, lo: int64(first * size), hi: int64((first + count) * size), dst: dst}
+	return r.decodeAll([]*request{q}, newPool(job))
+}
+
+// DecodeVerified is Decode, and compares the MD5 of what was decoded with the header's.
+func (r *Reader) DecodeVerified(i int, dst []byte, job *Job) error {
+	if err := r.Decode(i, dst, job); err != nil {
+		return err
+	}
+	t := r.tensors[i]
+	if sum := md5.Sum(dst[:t.entry.bytes]); sum != t.entry.md5 {
+		return at(failf(Checksum, "MD5 of the decoded bytes is %x, the header says %x", sum, t.entry.md5), t.file.name, t.entry.name)
+	}
+	return nil
+}
+
+// validText reports whether s is UTF-8 without NUL.
+func validText(s string) bool { return utf8.ValidString(s) && !strings.ContainsRune(s, 0) }

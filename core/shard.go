@@ -1,0 +1,123 @@
+package core
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// sourceIndex is an index of the source, such as model.safetensors.index.json, with its exact text.
+type sourceIndex struct {
+	Name string `json:"name"`
+	Text string `json:"text"`
+}
+
+// shards are the files that the index lists, sorted.
+func (x sourceIndex) shards() ([]string, error) {
+	var index struct {
+		WeightMap map[string]string `json:"weight_map"`
+	}
+	if err := json.Unmarshal([]byte(x.Text), &index); err != nil {
+		return nil, failf(InvalidArgument, "is no index: %s", err)
+	}
+	return values(index.WeightMap), nil
+}
+
+func values(m map[string]string) []string {
+	var out []string
+	for _, v := range m {
+		out = append(out, v)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// shardIndex is bigsmall.index.json. Its keys are those of the original package and of transformers; source_indexes is
+// ours.
+type shardIndex struct {
+	Metadata struct {
+		Version      string        `json:"bigsmall_version"`
+		Container    int           `json:"container_version"`
+		Format       string        `json:"format"`
+		Mode         string        `json:"mode"`
+		ModelType    string        `json:"model_type"`
+		TotalSize    int64         `json:"total_size"`
+		TotalRawSize int64         `json:"total_raw_size"`
+		RatioPct     float64       `json:"ratio_pct"`
+		ShardCount   int           `json:"shard_count"`
+		TensorCount  int           `json:"tensor_count"`
+		Shards       []string      `json:"shards"`
+		Sources      []sourceIndex `json:"source_indexes"`
+	} `json:"metadata"`
+	WeightMap map[string]string `json:"weight_map"`
+}
+
+func (x *shardIndex) shards() []string {
+	if len(x.Metadata.Shards) > 0 {
+		return x.Metadata.Shards
+	}
+	return values(x.WeightMap)
+}
+
+func parseIndex(text []byte) (*shardIndex, error) {
+	x := &shardIndex{}
+	if err := json.Unmarshal(text, x); err != nil {
+		return nil, failf(Corrupt, "is no index: %s", err)
+	}
+	if len(x.shards()) == 0 {
+		return nil, failf(Corrupt, "lists no shards")
+	}
+	return x, nil
+}
+
+// makeIndex is the text of bigsmall.index.json for the shards of a directory.
+func makeIndex(dir string, shards []string, sources []sourceIndex, opts Options) ([]byte, error) {
+	x := &shardIndex{WeightMap: map[string]string{}}
+	m := &x.Metadata
+	m.Version, m.Container, m.Mode, m.ModelType = Version, formatVersion, modeNames[opts.Mode], "llm"
+	m.Shards, m.ShardCount, m.Sources = shards, len(shards), sources
+	for _, s := range shards {
+		f, err := os.Open(filepath.Join(dir, s))
+		if err != nil {
+			return nil, err
+		}
+		info, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		c, err := openContainer(s, f, info.Size())
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+		for i := range c.entries {
+			x.WeightMap[c.entries[i].name] = s
+		}
+		if m.Format == "" {
+			m.Format = c.header.Format
+		} else if m.Format != c.header.Format {
+			m.Format = "mixed"
+		}
+		m.ModelType = c.header.ModelType
+		m.TensorCount += len(c.entries)
+		m.TotalSize += info.Size()
+		m.TotalRawSize += c.sourceBytes()
+	}
+	if m.TotalRawSize > 0 {
+		m.RatioPct = float64(m.TotalSize*10000/m.TotalRawSize) / 100
+	}
+	return json.Marshal(x, json.Deterministic(true), jsontext.WithIndent("  "))
+}
+
+// sourceBytes is the size of the source file.
+func (c *container) sourceBytes() int64 {
+	n := int64(len(c.source))
+	for i := range c.entries {
+		n += c.entries[i].bytes
+	}
+	return n
+}

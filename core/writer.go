@@ -1,0 +1,573 @@
+package core
+
+import (
+	"bytes"
+	"crypto/md5"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/zeebo/xxh3"
+
+	"bigsmall.dev/bigsmall/codecs"
+)
+
+// Options of compressing.
+type Options struct {
+	Mode      codecs.Mode
+	SHA256    bool // store the SHA-256 of the whole source
+	NoReplace bool // refuse to replace an existing file
+	Force     bool // replace a directory that is not empty
+}
+
+var modeNames = map[codecs.Mode]string{codecs.Balanced: "balanced", codecs.Inference: "inference", codecs.Storage: "storage"}
+
+// Result is what a compression or decompression did.
+type Result struct {
+	SourceBytes, OutputBytes int64
+	Tensors, Files           int
+}
+
+// temporary is a file beside its target that becomes it at once, or vanishes.
+type temporary struct {
+	*os.File
+	target    string
+	noReplace bool
+}
+
+func newTemporary(target string, noReplace bool) (*temporary, error) {
+	if noReplace {
+		if _, err := os.Lstat(target); err == nil {
+			return nil, &Error{Status: IO, File: target, Msg: "exists already", Err: os.ErrExist}
+		}
+	}
+	if info, err := os.Stat(target); err == nil && info.IsDir() {
+		return nil, failf(InvalidArgument, "%s is a directory", target)
+	}
+	// A link keeps pointing where it points: what it names is what is replaced.
+	if real, err := filepath.EvalSymlinks(target); err == nil {
+		target = real
+	}
+	f, err := createBeside(target)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := os.Stat(target); err == nil {
+		if err := f.Chmod(info.Mode().Perm()); err != nil {
+			f.Close()
+			os.Remove(f.Name())
+			return nil, err
+		}
+	}
+	return &temporary{f, target, noReplace}, nil
+}
+
+// createBeside makes a new file next to target, with the permissions that a file made plainly would get.
+func createBeside(target string) (*os.File, error) {
+	for {
+		name := fmt.Sprintf(".%s.tmp-%s-%08x", filepath.Base(target), pid, rand.Uint32())
+		f, err := os.OpenFile(filepath.Join(filepath.Dir(target), name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+		if !os.IsExist(err) {
+			return f, err
+		}
+	}
+}
+
+// publish syncs the file and gives it its name.
+func (t *temporary) publish() error {
+	err := t.Sync()
+	if e := t.Close(); err == nil {
+		err = e
+	}
+	if err == nil && t.noReplace {
+		// Unlike a rename, a link never replaces; file systems without links get the check alone.
+		if err = os.Link(t.Name(), t.target); os.IsExist(err) {
+			os.Remove(t.Name())
+			return err
+		} else if err == nil {
+			os.Remove(t.Name())
+			return syncDir(t.target)
+		}
+		err = nil
+	}
+	if err == nil {
+		err = os.Rename(t.Name(), t.target)
+	}
+	if err != nil {
+		os.Remove(t.Name())
+		return err
+	}
+	return syncDir(t.target)
+}
+
+func (t *temporary) abandon() {
+	t.Close()
+	os.Remove(t.Name())
+}
+
+// syncDir makes a rename durable; file systems that cannot are left alone.
+func syncDir(path string) error {
+	if d, err := os.Open(filepath.Dir(path)); err == nil {
+		_ = d.Sync()
+		d.Close()
+	}
+	return nil
+}
+
+// writer writes one `.bs` file from front to back.
+type writer struct {
+	tmp      *temporary
+	opts     Options
+	source   *source
+	head     header
+	dataAt   int64 // where the data section begins
+	next     int64 // offset in it of the next payload
+	shared   ties
+	shard    string // name of the file among its siblings, where ties may lead there
+	srcBytes int64
+}
+
+// ties knows the tensors written so far by a fingerprint of their bytes, across the shards of a model.
+type ties map[tieKey]tieMaster
+
+type tieKey struct {
+	bytes int64
+	hash  uint64
+	md5   [16]byte
+}
+
+type tieMaster struct{ shard, name string }
+
+// headerReserve bounds the header of a file of these tensors, so that payloads can be written before it is known.
+func headerReserve(src *source, base string, shard bool) int64 {
+	long, names := 0, 0
+	buf := []byte{}
+	for _, t := range src.tensors {
+		buf, _ = jsontext.AppendQuote(buf[:0], t.Name)
+		names += len(buf)
+		long = max(long, len(buf))
+	}
+	digits := len(fmt.Sprint(uint64(len(src.prefix))+uint64(sourceSize(src)))) + 1
+	const fixed = len(`{"name":,"shape":[],"dtype":"float8_e4m3fnuz","codec":"bs_rowdelta","special":"wpe_delta","compressed_bytes":,"offset":,"md5":"","extra":{"head":,"checksum":""}},`) + 32 + 16 + 10
+	n := 1024 + 2*len(src.metadata)*6 + 6*len(base) + names
+	tie := len(`"tied_to":,"shard":,`) + long + 300
+	if !shard {
+		tie = len(`"tied_to":`) + long
+	}
+	for _, t := range src.tensors {
+		n += fixed + 2*digits
+		for _, d := range t.Shape {
+			n += len(fmt.Sprint(d)) + 1
+		}
+		// A tie, or a difference to a base, needs more room than head and checksum.
+		n += max(0, tie-len(`"head":,"checksum":""`)-26)
+		if base != "" {
+			n += len(`,"base_md5":""`) + 32
+		}
+	}
+	return int64(n)
+}
+
+func sourceSize(s *source) int64 {
+	if n := len(s.tensors); n > 0 {
+		return s.tensors[n-1].End
+	}
+	return 0
+}
+
+func newWriter(target string, src *source, base string, opts Options, shared ties, shard string) (*writer, error) {
+	tmp, err := newTemporary(target, opts.NoReplace)
+	if err != nil {
+		return nil, err
+	}
+	w := &writer{tmp: tmp, opts: opts, source: src, shared: shared, shard: shard}
+	name, draft := "bigsmall "+Version, int64(Draft)
+	w.head = header{Format: family(src.tensors), Mode: modeNames[opts.Mode], ModelType: "llm", Writer: &name, Draft: &draft}
+	if isDiffusion(src.tensors) {
+		w.head.ModelType = "diffusion"
+	}
+	if base != "" {
+		w.head.ModelType, w.head.BaseModel = "delta", &base
+	}
+	if src.metadata != nil {
+		if err := json.Unmarshal(src.metadata, &w.head.Metadata); err != nil {
+			tmp.abandon()
+			return nil, err
+		}
+	}
+	align := int64(dataAlign)
+	if sourceSize(src) == 0 { // no payloads to align
+		align = codecs.Align
+	}
+	w.dataAt = roundUp(preamble+headerReserve(src, base, shard != ""), align)
+	if w.dataAt > preamble+maxHeader {
+		tmp.abandon()
+		return nil, failf(UnsupportedFeature, "the names and shapes of %d tensors need a header of more than %d bytes", len(src.tensors), maxHeader)
+	}
+	return w, nil
+}
+
+// isDiffusion looks for the names that diffusion models have, as the original package does.
+func isDiffusion(tensors []sourceTensor) bool {
+	for _, t := range tensors[:min(len(tensors), 200)] {
+		name := strings.ToLower(t.Name)
+		for _, s := range []string{"unet", "vae", "controlnet", "double_block", "transformer_block", "x_embedder", "joint_blocks", "time_embed"} {
+			if strings.Contains(name, s) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// smallTensor is up to where a tensor's payload is made in memory, beside others; larger ones are written group by group.
+const smallTensor = 32 << 20
+
+// item is a tensor on its way into the file.
+type item struct {
+	spec    sourceTensor
+	src     io.ReaderAt
+	base    *baseTensor
+	hash    uint64
+	md5     [16]byte
+	payload [][]byte
+	entry   headerTensor
+}
+
+// fingerprint computes hash and, where asked, MD5 of the item's bytes.
+func (it *item) fingerprint(withMD5 bool) error {
+	h, m := xxh3.New(), md5.New()
+	var w io.Writer = h
+	if withMD5 {
+		w = io.MultiWriter(h, m)
+	}
+	n := it.spec.End - it.spec.Begin
+	got, err := io.CopyBuffer(w, onlyReader{io.NewSectionReader(it.src, 0, n)}, make([]byte, min(1<<20, n+1)))
+	if err == nil && got != n {
+		err = io.ErrUnexpectedEOF
+	}
+	it.hash = h.Sum64()
+	if withMD5 {
+		copy(it.md5[:], m.Sum(nil))
+	}
+	return err
+}
+
+// onlyReader hides WriteTo, which would ignore the buffer's size.
+type onlyReader struct{ io.Reader }
+
+// put compresses tensors and appends them in this order.
+func (w *writer) put(items []*item, p *pool) error {
+	for len(items) > 0 {
+		n, sum := 0, int64(0)
+		for n < len(items) && (n == 0 || sum+items[n].spec.End-items[n].spec.Begin <= smallTensor) {
+			sum += items[n].spec.End - items[n].spec.Begin
+			n++
+		}
+		if err := w.putBatch(items[:n], p); err != nil {
+			return err
+		}
+		items = items[n:]
+	}
+	return nil
+}
+
+func (w *writer) putBatch(items []*item, p *pool) error {
+	err := p.run(len(items), func(i int, _ *codecs.Scratch) error {
+		return at(items[i].fingerprint(true), "", items[i].spec.Name)
+	})
+	if err != nil {
+		return err
+	}
+	for _, it := range items {
+		w.tie(it)
+	}
+	if len(items) == 1 && items[0].spec.End-items[0].spec.Begin > smallTensor {
+		err = at(w.encode(items[0], p, w.writePayload), "", items[0].spec.Name)
+	} else {
+		err = p.run(len(items), func(i int, _ *codecs.Scratch) error {
+			it := items[i]
+			return at(w.encode(it, p, func(_ int64, b []byte) error {
+				it.payload = append(it.payload, b)
+				return nil
+			}), "", it.spec.Name)
+		})
+	}
+	if err != nil {
+		return err
+	}
+	for _, it := range items {
+		at := int64(0)
+		for k, b := range it.payload {
+			if k == 0 { // the head comes last, see encode
+				continue
+			}
+			if at == 0 {
+				at = int64(len(it.payload[0]))
+			}
+			if err := w.writePayload(at, b); err != nil {
+				return err
+			}
+			at += int64(len(b))
+		}
+		if len(it.payload) > 0 {
+			if err := w.writePayload(0, it.payload[0]); err != nil {
+				return err
+			}
+		}
+		it.payload = nil
+		it.entry.Offset = uint64(w.next)
+		w.next += int64(it.entry.Compressed)
+		w.head.Tensors = append(w.head.Tensors, it.entry)
+		w.srcBytes += it.spec.End - it.spec.Begin
+	}
+	return nil
+}
+
+// writePayload writes part of the payload that is next.
+func (w *writer) writePayload(at int64, b []byte) error {
+	_, err := w.tmp.WriteAt(b, w.dataAt+w.next+at)
+	return err
+}
+
+// tie fills in the entry, and makes it a tie where the same bytes were written already.
+func (w *writer) tie(it *item) {
+	it.entry = headerTensor{Name: it.spec.Name, Shape: headerShape(it.spec.DType, it.spec.Shape), DType: it.spec.DType.String(),
+		Codec: codecs.CodecStored, MD5: hex.EncodeToString(it.md5[:])}
+	if it.spec.End == it.spec.Begin {
+		return
+	}
+	key := tieKey{it.spec.End - it.spec.Begin, it.hash, it.md5}
+	m, ok := w.shared[key]
+	if !ok {
+		w.shared[key] = tieMaster{w.shard, it.spec.Name}
+		return
+	}
+	special := "tied"
+	it.entry.Codec, it.entry.Special = codecTied, &special
+	it.entry.Extra = &headerExtra{TiedTo: m.name}
+	if m.shard != w.shard {
+		it.entry.Extra.Shard = m.shard
+	}
+}
+
+// encode makes the payload of a tensor: groups of blocks in parallel, handed in order to write with their offset, the
+// head last.
+func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error) error {
+	n := it.spec.End - it.spec.Begin
+	if n == 0 || it.entry.Codec == codecTied {
+		p.done(n)
+		return nil
+	}
+	t := &codecs.Tensor{DType: it.spec.DType, Shape: it.entry.Shape, Bytes: n, Src: it.src, Mode: w.opts.Mode, Run: p.run}
+	choose := codecs.NewEncoding
+	if it.base != nil {
+		t.Base = it.base
+		choose = codecs.NewDelta
+	}
+	e, err := choose(t)
+	if err != nil {
+		return err
+	}
+	groups := make([]codecs.Index, e.Groups())
+	out := make([][]byte, min(len(groups), p.window(e.GroupBytes(0))))
+	memory := [][]byte{nil}
+	at := int64(e.HeadLen())
+	for first := 0; first < len(groups); first += len(out) {
+		count := min(len(out), len(groups)-first)
+		err := p.run(count, func(i int, s *codecs.Scratch) (err error) {
+			out[i], groups[first+i], err = e.AppendGroup(out[i][:0], first+i, s)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		for i := range count {
+			if first+i == len(groups)-1 {
+				out[i] = e.Seal(out[i], groups[first+i], at)
+			}
+			b := out[i]
+			if n <= smallTensor {
+				memory = append(memory, bytes.Clone(b))
+			} else if err := write(at, b); err != nil {
+				return err
+			}
+			at += int64(len(b))
+			p.done(e.GroupBytes(first + i))
+		}
+	}
+	head, sum := e.Head(groups)
+	if n <= smallTensor {
+		memory[0] = head
+		it.payload = memory
+	} else if err := write(0, head); err != nil {
+		return err
+	}
+	id, special := e.Codec()
+	it.entry.Codec, it.entry.Compressed = id, uint64(at)
+	it.entry.Extra = &headerExtra{Head: uint64(len(head)), Checksum: hash(sum)}
+	if special != "" {
+		it.entry.Special = &special
+	}
+	if id == codecs.CodecDelta {
+		it.entry.Extra.BaseMD5 = hex.EncodeToString(it.base.md5[:])
+	}
+	return nil
+}
+
+func hash(sum uint64) string { return fmt.Sprintf("%016x", sum) }
+
+// finish writes section, header and trailer and publishes the file.
+func (w *writer) finish(sha256 []byte) (int64, error) {
+	section := packSection(w.source.prefix)
+	if _, err := w.tmp.WriteAt(section, w.dataAt+w.next); err != nil {
+		return 0, err
+	}
+	w.head.Sections = []headerSection{{sectionSource, uint64(w.next), uint64(len(section)), hash(xxh3.Hash(section)), false}}
+	w.next += int64(len(section))
+	w.head.SHA256 = hex.EncodeToString(sha256)
+	text := append(make([]byte, 0, w.dataAt), magic...)
+	text = binary.LittleEndian.AppendUint16(text, formatVersion)
+	text = binary.LittleEndian.AppendUint32(text, uint32(w.dataAt-preamble))
+	text = appendHeader(text, &w.head)
+	if int64(len(text)) > w.dataAt {
+		return 0, failf(Internal, "header of %d bytes outgrew its room of %d", len(text), w.dataAt)
+	}
+	text = append(text, bytes.Repeat([]byte{' '}, int(w.dataAt)-len(text))...)
+	if _, err := w.tmp.WriteAt(text, 0); err != nil {
+		return 0, err
+	}
+	end := trailer{uint64(w.dataAt), uint64(w.next), xxh3.Hash(text)}.append(nil)
+	if _, err := w.tmp.WriteAt(end, w.dataAt+w.next); err != nil {
+		return 0, err
+	}
+	return w.dataAt + w.next + trailerLen, w.tmp.publish()
+}
+
+// Writer writes a `.bs` file from tensors in memory.
+type Writer struct {
+	w    *writer
+	put  []bool
+	done bool // finished, closed or failed
+}
+
+// Spec describes a tensor that will be put. Shape is that of the header: see bs_tensor_spec.
+type Spec struct {
+	Name  string
+	DType codecs.DType
+	Shape []uint64
+}
+
+// Create begins a file of exactly these tensors, in the order in which a safetensors file would hold them. metadata is a
+// JSON object of strings, or empty.
+func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, error) {
+	src := &source{}
+	seen := map[string]bool{}
+	at := int64(0)
+	for _, s := range specs {
+		if !s.DType.Valid() {
+			return nil, &Error{Status: InvalidArgument, Tensor: s.Name, Msg: fmt.Sprintf("dtype %d is unknown", s.DType)}
+		}
+		if seen[s.Name] || s.Name == "__metadata__" {
+			return nil, &Error{Status: InvalidArgument, Tensor: s.Name, Msg: "the name stands twice, or is reserved"}
+		}
+		if !validText(s.Name) {
+			return nil, &Error{Status: InvalidArgument, Msg: fmt.Sprintf("name %q is not UTF-8", s.Name)}
+		}
+		seen[s.Name] = true
+		n, ok := byteSize(s.Shape, storageBits(s.DType))
+		if !ok || len(s.Shape) > MaxDims || n > 1<<62 || at > 1<<62 {
+			return nil, &Error{Status: InvalidArgument, Tensor: s.Name, Msg: fmt.Sprintf("shape %d is too large", s.Shape)}
+		}
+		shape := slices.Clone(s.Shape)
+		if per := storageBits(s.DType) / s.DType.Bits(); s.DType == codecs.F4 && len(shape) > 0 {
+			shape[len(shape)-1] *= uint64(per)
+		} else if s.DType.Bits() < 8 {
+			if n*8%uint64(s.DType.Bits()) != 0 {
+				return nil, &Error{Status: InvalidArgument, Tensor: s.Name, Msg: fmt.Sprintf("%d bytes are no whole number of %s", n, s.DType)}
+			}
+			shape = []uint64{n * 8 / uint64(s.DType.Bits())}
+		}
+		src.tensors = append(src.tensors, sourceTensor{s.Name, s.DType, shape, at, at + int64(n)})
+		at += int64(n)
+	}
+	if metadata != "" {
+		var m map[string]string
+		if err := json.Unmarshal([]byte(metadata), &m); err != nil {
+			return nil, failf(InvalidArgument, "metadata is no JSON object of strings: %s", err)
+		}
+		src.metadata, _ = json.Marshal(m, json.Deterministic(true))
+	}
+	src.prefix = writeSource(src.tensors, src.metadata)
+	w, err := newWriter(path, src, "", opts, ties{}, "")
+	if err != nil {
+		return nil, inFile(err, path)
+	}
+	return &Writer{w: w, put: make([]bool, len(specs))}, nil
+}
+
+// inFile names the file an error is about.
+func inFile(err error, file string) error { return at(err, file, "") }
+
+// Put compresses tensor i of the specs. data must have its exact size.
+func (w *Writer) Put(i int, data []byte, job *Job) error {
+	if w.done {
+		return failf(InvalidArgument, "the writer is finished, closed or failed before")
+	}
+	if i < 0 || i >= len(w.put) {
+		return failf(NotFound, "tensor %d of %d", i, len(w.put))
+	}
+	spec := w.w.source.tensors[i]
+	if w.put[i] {
+		return &Error{Status: InvalidArgument, Tensor: spec.Name, Msg: "put twice"}
+	}
+	if n := spec.End - spec.Begin; n != int64(len(data)) {
+		return &Error{Status: InvalidArgument, Tensor: spec.Name, Msg: fmt.Sprintf("%d bytes given, its shape and dtype take %d", len(data), n)}
+	}
+	p := newPool(job)
+	p.total(int64(len(data)))
+	if err := w.w.put([]*item{{spec: spec, src: bytes.NewReader(data)}}, p); err != nil {
+		w.Close() // part of a tensor may be in the file
+		return inFile(err, w.w.tmp.target)
+	}
+	w.put[i] = true
+	return nil
+}
+
+// Finish completes and publishes the file.
+func (w *Writer) Finish() (Result, error) {
+	if w.done {
+		return Result{}, failf(InvalidArgument, "the writer is finished, closed or failed before")
+	}
+	for i, ok := range w.put {
+		if !ok {
+			return Result{}, &Error{Status: InvalidArgument, Tensor: w.w.source.tensors[i].Name, Msg: "was never put"}
+		}
+	}
+	n, err := w.w.finish(nil)
+	w.done = true
+	return Result{w.w.srcBytes + int64(len(w.w.source.prefix)), n, len(w.put), 1}, inFile(err, w.w.tmp.target)
+}
+
+// Close frees the writer; without a Finish before, nothing of the file remains.
+func (w *Writer) Close() {
+	if !w.done {
+		w.done = true
+		w.w.tmp.abandon()
+	}
+}
+
+// Bound is the largest `.bs` file that source bytes in n tensors whose names take nameBytes bytes can become.
+func Bound(sourceBytes, n, nameBytes uint64) uint64 {
+	const perTensor = 512 + 64 // FORMAT.md; 64 for a block that is not full
+	blocks := sourceBytes / codecs.BlockWords
+	return sourceBytes + 4*4096 + perTensor*n + 12*nameBytes + 64*blocks
+}
