@@ -47,6 +47,7 @@ type Scratch struct {
 	bytes, classes []uint8
 	stream         []byte
 	plane, coded   []byte
+	packed         []byte
 	patches        []rans.Patch
 	decoder        *zstd.Decoder
 	encoders       map[zstd.EncoderLevel]*zstd.Encoder
@@ -56,6 +57,9 @@ type Scratch struct {
 
 // NewScratch allocates nothing yet.
 func NewScratch() *Scratch { return &Scratch{} }
+
+// words16 is room for the words of a block.
+func (s *Scratch) words16() []byte { return room(&s.plane, 2*BlockWords+2*rans.Lanes) }
 
 // room gives the slice n elements, with any content.
 func room[T any](s *[]T, n int) []T {
@@ -392,6 +396,12 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 	start, n := len(dst), len(raw)/f.word
 	if f.transform == BaseDiff {
 		dst = f.encodeDiff(append(dst, blockCoded, 0, 0, 0), raw, base, s)
+	} else if f.direct() && f.word == 2 {
+		dst = append(dst, blockCoded, 0, 0, 0)
+		sym := room(&s.sym, n)
+		s.packed = f.fields[0].SplitDirect(sym, s.packed[:0], raw, f.shift)
+		dst = encodeSymbols(dst, sym, uint(f.fields[0].Sym), f.coders(0, group, plans), nil, plans[0].zstd, level, s)
+		dst = pad(append(dst, s.packed...), start, 4)
 	} else if len(f.fields) > 0 {
 		dst = append(dst, blockCoded, 0, 0, 0)
 		words := room(&s.words, n)
@@ -400,11 +410,7 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
 		for i, x := range f.fields {
 			x.Split(sym, mant, rest, words)
-			var tables []*rans.Encoder
-			if m := f.sym[i]; plans[i].rans && len(m.tables) > 0 {
-				tables = m.encode(uint(x.Sym))[m.choice[group]:]
-			}
-			dst = encodeSymbols(dst, sym, uint(x.Sym), tables, nil, plans[i].zstd, level, s)
+			dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, group, plans), nil, plans[i].zstd, level, s)
 			if x.Mant > 0 {
 				m := f.mant[i]
 				classes, shift := room(&s.classes, n), classShift(x.Sym)
@@ -435,6 +441,15 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 	return pad(dst, start, 8)
 }
 
+// coders are the tables for field i in a group, or nil where the coder is not worth trying.
+func (f *Format) coders(i, group int, plans []plan) []*rans.Encoder {
+	m := f.sym[i]
+	if !plans[i].rans || len(m.tables) == 0 {
+		return nil
+	}
+	return m.encode(uint(f.fields[i].Sym))[m.choice[group]:]
+}
+
 // encode prepares the tables for encoding values of symBits.
 func (m *model) encode(symBits uint) []*rans.Encoder {
 	m.mu.Lock()
@@ -456,17 +471,17 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(patches))
 		dst = binary.LittleEndian.AppendUint32(dst, uint32(size))
 	}
-	common := commonest(sym)
-	others := 0
-	for _, v := range sym {
-		if v != common {
-			others++
+	common, others := sym[0], n
+	if tables == nil || nearlyConstant(sym) {
+		common = commonest(sym)
+		others = 0
+		for _, v := range sym {
+			if v != common {
+				others++
+			}
 		}
 	}
 	best, kind := 4*others, uint8(planeConstant)
-	if others == n { // cannot be: common is one of sym
-		panic("codecs: no commonest symbol")
-	}
 	if symBits <= 8 && n < best {
 		best, kind = n, planeRaw
 	}
@@ -482,7 +497,7 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 			s.patches = mapClasses(idx, sym, tables, classes, s.patches)
 		}
 		if 4*len(s.patches) < best {
-			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, room(&s.plane, 2*n))
+			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, s.words16())
 			if size := len(s.coded) + 4*len(s.patches); size < best {
 				best, kind = size, planeRANS
 			}
@@ -514,7 +529,7 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 				s.patches = append(s.patches, rans.Patch{At: uint16(i), Value: v})
 			}
 		}
-		header(planeConstant, others, int(common))
+		header(planeConstant, len(s.patches), int(common))
 	case planeRANS:
 		header(planeRANS, len(s.patches), (len(s.coded)-rans.StateBytes)/2)
 		dst = append(dst, s.coded...)
@@ -529,6 +544,18 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 		}
 	}
 	return dst
+}
+
+// nearlyConstant looks at 32 symbols: the count that decides costs a tenth of the encoder's time.
+func nearlyConstant(sym []uint16) bool {
+	step := max(len(sym)/32, 1)
+	first, same := sym[len(sym)/2], 0
+	for i := 0; i < len(sym); i += step {
+		if sym[i] == first {
+			same++
+		}
+	}
+	return same*step*2 > len(sym) || len(sym) < 4096
 }
 
 // commonest is a majority vote (Boyer and Moore): the symbol that more than half of sym are, if there is one.

@@ -99,6 +99,7 @@ type Index struct{ items []indexItem }
 // AppendGroup appends the coded blocks of group g.
 func (e *Encoding) AppendGroup(dst []byte, g int, s *Scratch) ([]byte, Index, error) {
 	var index Index
+	dst = slices.Grow(dst, int(e.GroupBytes(g))+GroupBlocks*(blockHead+Align))
 	if err := e.choose(g, s); err != nil {
 		return nil, index, err
 	}
@@ -679,7 +680,7 @@ func (e *Encoding) modelMantissa() error {
 // sampleBlocks are the blocks on which alternatives are tried: up to four, evenly spread.
 func (e *Encoding) sampleBlocks() []int {
 	n := e.blocks()
-	k := min(max(n/8, 1), 4)
+	k := min(max(n/16, 1), 4)
 	out := make([]int, k)
 	for i := range out {
 		out[i] = i * n / k
@@ -706,7 +707,9 @@ func (e *Encoding) sample() error {
 		}
 		without := len(e.encodeBlock(nil, b/GroupBlocks, raw, nil, e.plans, false, trialLevel, s))
 		var one [maxFields][2]int
-		w := slices.Clone(room(&s.words, len(raw)/e.word)) // encodeBlock left the transformed words there
+		w := make([]uint64, len(raw)/e.word)
+		planes.Load(w, raw, e.word, 0)
+		e.apply(w)
 		sym := make([]uint16, len(w))
 		gain := 0
 		for i, f := range e.fields {
@@ -714,10 +717,7 @@ func (e *Encoding) sample() error {
 				continue
 			}
 			f.Split(sym, nil, nil, w)
-			var tables []*rans.Encoder
-			if m := e.sym[i]; e.plans[i].rans && len(m.tables) > 0 {
-				tables = m.encode(uint(f.Sym))[m.choice[b/GroupBlocks]:]
-			}
+			tables := e.coders(i, b/GroupBlocks, e.plans)
 			one[i][0] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, false, trialLevel, s))
 			one[i][1] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, true, trialLevel, s))
 			gain += one[i][0] - one[i][1]

@@ -4,10 +4,9 @@ import "encoding/binary"
 
 // Encoder is a table made ready for encoding.
 type Encoder struct {
-	index  []uint16 // value -> symbol, or none
-	freq   [MaxSymbols]uint32
-	start  [MaxSymbols]uint32 // first entry of a symbol in slot
-	slot   [Slots]uint16      // start + rank -> slot
+	index  []uint16           // value -> symbol, or none
+	symbol [MaxSymbols]uint32 // frequency << 16 | first entry in slot
+	slot   [Slots]uint16      // first entry + rank -> slot
 	common uint8
 	cost   [MaxSymbols]uint32
 }
@@ -24,11 +23,11 @@ func NewEncoder(t *Table, symBits uint) *Encoder {
 	start := uint32(0)
 	for s, v := range t.Value {
 		e.index[v] = uint16(s)
-		e.freq[s], e.start[s] = uint32(t.Freq[s]), start
+		e.symbol[s] = uint32(t.Freq[s])<<16 | start
 		e.cost[s] = uint32(ScaleBits*LogOne - Log2(uint64(t.Freq[s])))
 		start += uint32(t.Freq[s])
 	}
-	t.slots(func(slot, sym, rank int) { e.slot[e.start[sym]+uint32(rank)] = uint16(slot) })
+	t.slots(func(slot, sym, rank int) { e.slot[e.symbol[sym]&0xffff+uint32(rank)] = uint16(slot) })
 	return e
 }
 
@@ -68,28 +67,30 @@ func (e *Encoder) Cost(counts []uint64, patchBits uint64) uint64 {
 }
 
 // Encode codes the symbols with one table, or, where classes is not nil, symbol i with tables[classes[i]]. It appends the
-// states and the words. scratch has room for two bytes a symbol.
+// states and the words. scratch is memory to work in.
 func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, scratch []byte) []byte {
 	var x [Lanes]uint32
 	for i := range x {
 		x[i] = lower
 	}
-	q := len(scratch)
-	e := tables[0]
-	for i := len(symbols) - 1; i >= 0; i-- {
+	e, i := tables[0], len(symbols)
+	q := 2*i + 2*Lanes // room below for the words of a turn
+	if cap(scratch) < q {
+		scratch = make([]byte, q)
+	}
+	scratch = scratch[:q]
+	for ; i > 0 && (i%Lanes != 0 || classes != nil); i-- {
 		if classes != nil {
-			e = tables[classes[i]]
+			e = tables[classes[i-1]]
 		}
-		s := symbols[i]
-		f := e.freq[s]
-		v := x[i%Lanes]
-		if v>>(32-ScaleBits) >= f { // v >= f<<20 would leave 32 bits
-			q -= 2
-			binary.LittleEndian.PutUint16(scratch[q:], uint16(v))
-			v >>= 16
-		}
-		d := v / f
-		x[i%Lanes] = d<<ScaleBits | uint32(e.slot[(e.start[s]+v-d*f)%Slots])
+		v, t := x[(i-1)%Lanes], e.symbol[symbols[i-1]]
+		full := overflow(v, t)
+		binary.LittleEndian.PutUint16(scratch[q-2:], uint16(v))
+		q -= int(full << 1)
+		x[(i-1)%Lanes] = e.next(v>>(full<<4&31), t)
+	}
+	for ; i > 0; i -= Lanes {
+		q -= int(e.turnBack(&x, (*[Lanes]uint8)(symbols[i-Lanes:]), (*[2 * Lanes]byte)(scratch[q-2*Lanes:])))
 	}
 	for _, v := range x {
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(v))
@@ -98,4 +99,32 @@ func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, scr
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(v>>16))
 	}
 	return append(dst, scratch[q:]...)
+}
+
+// overflow is 1 where the state is too large for the symbol: v >= f<<20. Its low word then leaves. Without a branch: a
+// fifth of the symbols give a word, at random.
+func overflow(v, t uint32) uint32 {
+	return uint32((uint64(t>>16) - 1 - uint64(v>>(32-ScaleBits))) >> 63)
+}
+
+// next is the state after a symbol.
+func (e *Encoder) next(v, t uint32) uint32 {
+	f := t >> 16
+	d := v / f
+	return d<<ScaleBits | uint32(e.slot[(t+v-d*f)%Slots])
+}
+
+// turnBack encodes 32 symbols, one a lane, the last first, and says how many bytes of words it left at the end of out.
+//
+//go:noinline
+func (e *Encoder) turnBack(x *[Lanes]uint32, symbols *[Lanes]uint8, out *[2 * Lanes]byte) uint32 {
+	n := uint32(2*Lanes - 2)
+	for j := Lanes - 1; j >= 0; j-- {
+		v, t := x[j], e.symbol[symbols[j]]
+		full := overflow(v, t)
+		binary.LittleEndian.PutUint16(out[n&(2*Lanes-2):], uint16(v))
+		n -= full << 1
+		x[j] = e.next(v>>(full<<4&31), t)
+	}
+	return 2*Lanes - 2 - n
 }
