@@ -286,7 +286,13 @@ type payload struct {
 	base *baseTensor
 }
 
+// FaultHook, where a test set it, is called with the name of every tensor that is about to be decoded.
+var FaultHook func(tensor string)
+
 func (r *Reader) openPayload(t tensor) (*payload, error) {
+	if FaultHook != nil {
+		FaultHook(t.entry.name)
+	}
 	m, err := r.master(t)
 	if err != nil {
 		return nil, err

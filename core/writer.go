@@ -146,34 +146,47 @@ type tieKey struct {
 
 type tieMaster struct{ shard, name string }
 
-// headerReserve bounds the header of a file of these tensors, so that payloads can be written before it is known.
-func headerReserve(src *source, base string, shard bool) int64 {
-	long, names := 0, 0
-	buf := []byte{}
+// headerReserve bounds the header of a file of these tensors, so that payloads can be written before it is known: every
+// number as long as it can be, every tensor in the longest of the forms it can take.
+func headerReserve(src *source, base string, shared ties) int64 {
+	master, sibling := "", "" // the longest that a tie can name
+	quoted := func(s string) int { b, _ := jsontext.AppendQuote(nil, s); return len(b) }
 	for _, t := range src.tensors {
-		buf, _ = jsontext.AppendQuote(buf[:0], t.Name)
-		names += len(buf)
-		long = max(long, len(buf))
-	}
-	digits := len(fmt.Sprint(uint64(len(src.prefix))+uint64(sourceSize(src)))) + 1
-	const fixed = len(`{"name":,"shape":[],"dtype":"float8_e4m3fnuz","codec":"bs_rowdelta","special":"wpe_delta","compressed_bytes":,"offset":,"md5":"","extra":{"head":,"checksum":""}},`) + 32 + 16 + 10
-	n := 1024 + 2*len(src.metadata)*6 + 6*len(base) + names
-	tie := len(`"tied_to":,"shard":,`) + long + 300
-	if !shard {
-		tie = len(`"tied_to":`) + long
-	}
-	for _, t := range src.tensors {
-		n += fixed + 2*digits
-		for _, d := range t.Shape {
-			n += len(fmt.Sprint(d)) + 1
+		if quoted(t.Name) > quoted(master) {
+			master = t.Name
 		}
-		// A tie, or a difference to a base, needs more room than head and checksum.
-		n += max(0, tie-len(`"head":,"checksum":""`)-26)
+	}
+	for _, m := range shared {
+		if quoted(m.name) > quoted(master) {
+			master = m.name
+		}
+		if quoted(m.shard) > quoted(sibling) {
+			sibling = m.shard
+		}
+	}
+	end := uint64(sourceSize(src)) + Bound(0, uint64(len(src.tensors)), 0)
+	end += end / 1024
+	special := "wpe_delta"
+	n := 0
+	var buf []byte
+	size := func(t *headerTensor) int {
+		buf = appendTensor(buf[:0], t)
+		return len(buf) + 1
+	}
+	for _, t := range src.tensors {
+		bytes := uint64(t.End - t.Begin)
+		h := headerTensor{Name: t.Name, Shape: headerShape(t.DType, t.Shape), DType: t.DType.String(), Codec: codecs.CodecRowDelta,
+			Special: &special, Compressed: bytes + bytes/1024 + 4096, Offset: end, MD5: strings.Repeat("0", 32)}
+		h.Extra = &headerExtra{Head: bytes/4096 + 99999, Checksum: strings.Repeat("0", 16)}
 		if base != "" {
-			n += len(`,"base_md5":""`) + 32
+			h.Extra.BaseMD5 = h.MD5
 		}
+		coded := size(&h)
+		h.Codec, h.Compressed, h.Extra = codecTied, 0, &headerExtra{TiedTo: master, Shard: sibling}
+		tied := size(&h)
+		n += max(coded, tied)
 	}
-	return int64(n)
+	return int64(n) + 1024 + 2*int64(len(src.metadata)) + 6*int64(len(base))
 }
 
 func sourceSize(s *source) int64 {
@@ -207,7 +220,7 @@ func newWriter(target string, src *source, base string, opts Options, shared tie
 	if sourceSize(src) == 0 { // no payloads to align
 		align = codecs.Align
 	}
-	w.dataAt = roundUp(preamble+headerReserve(src, base, shard != ""), align)
+	w.dataAt = roundUp(preamble+headerReserve(src, base, shared), align)
 	if w.dataAt > preamble+maxHeader {
 		tmp.abandon()
 		return nil, failf(UnsupportedFeature, "the names and shapes of %d tensors need a header of more than %d bytes", len(src.tensors), maxHeader)

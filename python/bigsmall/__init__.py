@@ -1,0 +1,84 @@
+"""BigSmall: lossless compression of neural-network weights.
+
+    compress, decompress            files and model directories, to and from `.safetensors`
+    compress_delta, decompress_delta  fine-tunes as differences to a base model
+    load, safe_open                 torch tensors or numpy arrays from `.bs` files
+    save_file                       `.bs` files from tensors in memory
+    info, verify                    what a file holds, and whether it is whole
+    errors                          the exceptions
+
+Importing this loads neither numpy nor torch nor the native library; each comes with the first use that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigsmall import errors
+    from bigsmall.api import (
+        BadTensor,
+        VerifyReport,
+        compress,
+        compress_delta,
+        decompress,
+        decompress_delta,
+        info,
+        verify,
+    )
+    from bigsmall.numpy import save_file
+    from bigsmall.streaming import safe_open
+    from bigsmall.torch import load
+
+    __version__: str
+
+# Name to the module that has it.
+_EXPORTS = {
+    "BadTensor": "api",
+    "VerifyReport": "api",
+    "compress": "api",
+    "compress_delta": "api",
+    "decompress": "api",
+    "decompress_delta": "api",
+    "info": "api",
+    "load": "torch",
+    "safe_open": "streaming",
+    "save_file": "numpy",
+    "verify": "api",
+}
+
+__all__ = [
+    "BadTensor",
+    "VerifyReport",
+    "__version__",
+    "compress",
+    "compress_delta",
+    "decompress",
+    "decompress_delta",
+    "errors",
+    "info",
+    "load",
+    "safe_open",
+    "save_file",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("bigsmall")
+    elif name == "errors":
+        value = importlib.import_module("bigsmall.errors")
+    elif name in _EXPORTS:
+        value = getattr(importlib.import_module(f"bigsmall.{_EXPORTS[name]}"), name)
+    else:
+        raise AttributeError(f"module 'bigsmall' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,347 @@
+"""The border to the native library: the only file that knows cffi.
+
+The library is loaded at the first call, never at import, because its runtime does not survive fork(): a child of a
+process that never called it can load it as usual. In a child of a process that did, the next call loads a private copy
+of the file, which is another library to the dynamic linker and starts a runtime of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigsmall import errors
+
+# Here and not in `library()`: an import in a child of fork() waits for ever for a thread of the parent that was in the
+# midst of the same one.
+try:
+    from bigsmall._cdef import ffi
+except ImportError as missing:
+    raise ImportError(
+        f"bigsmall is not installed, only its source was found ({Path(__file__).parent}): pip install ./python"
+    ) from missing
+
+_ABI_VERSION = 1
+
+# A call on fewer bytes than this ends so soon (well under a second) that Ctrl-C can wait for it.
+_LONG_CALL_BYTES = 64 << 20
+
+_BAR_SECONDS = 0.1
+
+
+class Library(NamedTuple):
+    """The loaded library: `lib.bs_*` are its functions, `ffi` makes their arguments."""
+
+    ffi: Any
+    lib: Any
+
+
+_lock = threading.Lock()
+_library: Library | None = None
+# True from just before the first load on, and inherited by children of fork: there only a private copy may be loaded.
+_tainted = False
+# How many forks lie between the process that imported this module and this one. Handles of another number are dead.
+_generation = 0
+
+
+def _after_fork_in_child() -> None:
+    global _library, _lock, _generation
+    _library = None
+    _lock = threading.Lock()  # another thread may have held the old one
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def library_path() -> str:
+    """Path of the native library: the one in this package, or BIGSMALL_LIB where that is set."""
+    chosen = os.environ.get("BIGSMALL_LIB")
+    if chosen:
+        return chosen
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    return str(Path(__file__).with_name("libbigsmall" + suffix))
+
+
+def library() -> Library:
+    """The library, loaded now if it was not yet. Do not keep the result: after a fork another one takes its place.
+
+    Raises ImportError where the library is missing or does not fit this package.
+    """
+    global _library, _tainted
+    loaded = _library
+    if loaded is None:
+        with _lock:
+            loaded = _library
+            if loaded is None:
+                again, _tainted = _tainted, True  # before the load: a fork may happen in the midst of it
+                try:
+                    loaded = _library = _load(again)
+                except BaseException:
+                    _tainted = again
+                    raise
+    return loaded
+
+
+def _load(again: bool) -> Library:
+    if sys.byteorder != "little":
+        raise ImportError("bigsmall runs on little-endian machines only")
+    path = library_path()
+    if not os.path.isfile(path):
+        raise ImportError(f"the native library {path} is missing: install bigsmall again")
+    if again:
+        lib = _dlopen_private_copy(path)
+    else:
+        try:
+            lib = _dlopen(path)
+        except OSError as error:
+            raise ImportError(f"the native library {path} cannot be loaded: {error}") from error
+    abi = lib.bs_abi_version()
+    if abi != _ABI_VERSION:
+        raise ImportError(f"{path} has ABI version {abi}, this package needs {_ABI_VERSION}: install bigsmall again")
+    return Library(ffi, lib)
+
+
+def _dlopen(path: str) -> Any:
+    # RTLD_LOCAL: two libraries with a Go runtime in one process must not see each other's symbols.
+    flags = ffi.RTLD_NOW | ffi.RTLD_LOCAL if hasattr(ffi, "RTLD_LOCAL") else 0
+    return ffi.dlopen(path, flags)
+
+
+def _dlopen_private_copy(path: str) -> Any:
+    failures = []
+    for load in (_dlopen_from_memory, _dlopen_from_temporary_file):
+        try:
+            return load(path)
+        except (OSError, AttributeError) as error:  # AttributeError: no os.memfd_create on this system
+            failures.append(f"{load.__name__.replace('_dlopen_from_', '').replace('_', ' ')}: {error}")
+    raise errors.InternalError(
+        "bigsmall was used before this process was forked, and its library could not be loaded anew here "
+        f"({'; '.join(failures)}): use the spawn or forkserver start method",
+        status=errors.FORKED,
+    )
+
+
+def _dlopen_from_memory(path: str) -> Any:
+    memory = os.memfd_create("libbigsmall")
+    try:
+        with open(path, "rb") as file, open(memory, "wb", closefd=False) as copy:
+            while chunk := file.read(1 << 20):
+                copy.write(chunk)
+        # The linker knows libraries by name first: /proc/self/fd/N could be the name of the parent's copy.
+        return _dlopen(f"/proc/{os.getpid()}/fd/{memory}")
+    finally:
+        os.close(memory)
+
+
+def _dlopen_from_temporary_file(path: str) -> Any:
+    number, name = tempfile.mkstemp(prefix="libbigsmall-", suffix=Path(path).suffix)
+    try:
+        with open(path, "rb") as file, open(number, "wb") as copy:
+            while chunk := file.read(1 << 20):
+                copy.write(chunk)
+        return _dlopen(name)
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a loaded file
+            os.unlink(name)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def check(status: int, error: Any, paths: Sequence[str] = ()) -> None:
+    """Raises the exception for `status` and the bs_error `error`; does nothing for BS_OK."""
+    if status != 0:
+        text = ffi.string(error.text).decode("utf-8", "replace")
+        if not text:
+            text = ffi.string(library().lib.bs_status_name(status)).decode()
+        raise errors.from_status(status, text, error.os_error, paths)
+
+
+def text_of(fill: Callable[[Any, int, Any, Any], int]) -> str:
+    """The text that a function gives by (dst, dst_cap, len, error)."""
+    error = ffi.new("bs_error *")
+    length = ffi.new("size_t *")
+    room = 256
+    while True:
+        dst = ffi.new("char[]", room)
+        status = fill(dst, room, length, error)
+        if status != errors.DST_TOO_SMALL or length[0] <= room:
+            break
+        room = length[0]
+    check(status, error)
+    return bytes(ffi.buffer(dst, length[0])).decode("utf-8")
+
+
+def path_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A path as the library takes it. ValueError where it contains a NUL."""
+    return _c_string(os.fsencode(path), "a path")
+
+
+def name_bytes(name: str) -> bytes:
+    """A tensor's name as the library takes it. ValueError where it contains a NUL or is no Unicode text."""
+    return _c_string(name.encode("utf-8"), "a tensor's name")
+
+
+def _c_string(encoded: bytes, what: str) -> bytes:
+    if b"\0" in encoded:
+        raise errors.InvalidArgument(f"{what} contains a NUL character: {encoded!r}")
+    return encoded
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def buffer_at(address: int, n_bytes: int) -> Any:
+    """A writable buffer over memory that the caller keeps alive for as long as the buffer is used."""
+    return ffi.buffer(ffi.cast("char *", address), n_bytes)
+
+
+class Handle:
+    """Owner of one object of the library. It is closed with the last reference to this, and so never during a call
+    that another thread makes on it. In a child of fork() it is dead: `alive` says so, and closing does nothing.
+    `memory` is what the object reads from, kept alive until it is closed."""
+
+    def __init__(self, raw: Any, close: Callable[[Any], None], memory: Any = None) -> None:
+        self.raw = raw
+        self._generation = _generation
+        finalizer = weakref.finalize(self, _close, raw, close, _generation, memory)
+        finalizer.atexit = False  # a daemon thread may still be in a call then; the process's end frees all
+
+    @property
+    def alive(self) -> bool:
+        return self._generation == _generation
+
+
+def _close(raw: Any, close: Callable[[Any], None], opened_in: int, memory: Any) -> None:
+    if opened_in == _generation:
+        close(raw)
+
+
+# ---- long calls ------------------------------------------------------------------------------------------------------
+
+
+def default_workers() -> int:
+    """Threads of a call that names none: the CPUs this process may run on, and no more than OMP_NUM_THREADS or torch
+    (where it is imported) say, so that the workers of a DataLoader do not each take the whole machine."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    with contextlib.suppress(ValueError):  # unset, or a list with odd members
+        count = min(count, max(1, int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])))
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        count = min(count, torch.get_num_threads())
+    return max(1, count)
+
+
+class _Job:
+    """A bs_job and the counters that it points to."""
+
+    def __init__(self, workers: int | None) -> None:
+        if workers is not None and workers < 0:
+            raise errors.InvalidArgument(f"workers must be at least 1, or 0 or None for the default, not {workers}")
+        self.cancel = ffi.new("int32_t *")
+        self.done = ffi.new("int64_t *")
+        self.total = ffi.new("int64_t *")
+        self.struct = ffi.new("bs_job *")
+        self.struct.size = ffi.sizeof("bs_job")
+        self.struct.workers = workers or default_workers()
+        self.struct.cancel = self.cancel
+        self.struct.done = self.done
+        self.struct.total = self.total
+
+
+def call_long(
+    call: Callable[[Any, Any], int],
+    *,
+    workers: int | None = None,
+    n_bytes: int | None = None,
+    progress: str | None = None,
+    paths: Sequence[str] = (),
+) -> None:
+    """Runs `call(job, error)`, which returns a bs_status, and raises what it reports.
+
+    call      : must hold references to all memory that it hands to the library
+    workers   : threads, None or 0 for `default_workers()`
+    n_bytes   : uncompressed size of the work; None where it is not known, which counts as large
+    progress  : label of a progress bar on standard error, shown only where that is a terminal; None for no bar
+    paths     : of the call, for the `filename` of an OSError
+
+    Large work runs on a helper thread when this is the main one, since Python runs signal handlers between its own
+    instructions only: so Ctrl-C stops the work within one block. KeyboardInterrupt is raised once it has stopped.
+    """
+    job = _Job(workers)
+    error = ffi.new("bs_error *")
+    large = n_bytes is None or n_bytes > _LONG_CALL_BYTES
+    if large and threading.current_thread() is threading.main_thread():
+        with _bar(progress, job) as refresh:
+            status = _on_helper_thread(lambda: call(job.struct, error), job, refresh)
+    else:
+        status = call(job.struct, error)
+    check(status, error, paths)
+
+
+def _on_helper_thread(call: Callable[[], int], job: _Job, refresh: Callable[[], None] | None) -> int:
+    outcome: list[int] = []
+    failure: list[BaseException] = []
+    # Not Thread.join(): until Python 3.12 an interrupted join takes the thread for finished while it still runs.
+    started, finished = threading.Event(), threading.Event()
+
+    def target() -> None:
+        started.set()
+        try:
+            outcome.append(call())
+        except BaseException as error:  # raised again below, in the thread that asked
+            failure.append(error)
+        finally:
+            finished.set()
+
+    try:
+        threading.Thread(target=target, name="bigsmall", daemon=True).start()
+        while not finished.wait(_BAR_SECONDS):
+            if refresh is not None:
+                refresh()
+    except BaseException:
+        job.cancel[0] = 1
+        _wait_out(started, finished)
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def _wait_out(started: threading.Event, finished: threading.Event) -> None:
+    """Returns when the thread is done. A second Ctrl-C must not leave it behind, writing into memory about to be
+    freed. One that never started (there was no room for it, or Ctrl-C came in between) is not waited for."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            if not started.wait(1) or finished.wait():
+                return
+
+
+@contextlib.contextmanager
+def _bar(label: str | None, job: _Job) -> Iterator[Callable[[], None] | None]:
+    if label is None or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+
+        def refresh() -> None:
+            total = job.total[0]
+            if total and bar.total != total:
+                bar.total = total
+            bar.update(job.done[0] - bar.n)
+
+        yield refresh

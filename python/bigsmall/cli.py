@@ -1,0 +1,336 @@
+"""The command `bigsmall`.
+
+Exit codes: 0 done, 1 failed (and for verify: something is bad), 2 wrong usage, 130 on Ctrl-C. Results go to standard
+output, errors as one line to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bigsmall import errors
+
+_RUNS = 3  # of each measurement of `benchmark`
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code. Wrong usage ends in SystemExit(2), as argparse does it."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("bigsmall: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, such as `head`. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (errors.BigSmallError, OSError, ImportError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        print("bigsmall: " + " ".join(text.split()), file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    # SUPPRESS: the same options stand before and after the subcommand, and an absent one must not undo a present one.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--threads", type=_threads, metavar="N", help="threads to use (default: all available)")
+    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    common.add_argument("--quiet", action="store_true", help="print errors only, and no progress bar")
+    common.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+
+    parser = argparse.ArgumentParser(
+        prog="bigsmall", description="Lossless compression of neural-network weights.", parents=[common]
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text, parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("compress", _compress, "Compress a .safetensors file, or a model directory.")
+    sub.add_argument("src", metavar="SRC", help=".safetensors file or model directory")
+    sub.add_argument("-o", "--output", metavar="OUT", help="file or directory to write (default: SRC.bs or SRC-bs)")
+    _add_modes(sub)
+    sub.add_argument("--base", metavar="BASE", help="store the difference to this base model")
+    sub.add_argument("--sha256", action="store_true", help="store the SHA-256 of the source")
+    sub.add_argument("--force", action="store_true", help="replace an existing target directory")
+
+    sub = command("decompress", _decompress, "Restore what was compressed, byte for byte.")
+    sub.add_argument("src", metavar="SRC", help=".bs file or directory")
+    sub.add_argument("-o", "--output", metavar="OUT", help="file or directory to write (default: SRC.safetensors)")
+    sub.add_argument("--base", metavar="BASE", help="the base model of a delta")
+    sub.add_argument("--force", action="store_true", help="replace an existing target directory")
+
+    sub = command("info", _info, "Show what a .bs file or directory holds.")
+    sub.add_argument("src", metavar="SRC", help=".bs file or directory")
+    sub.add_argument("--tensors", action="store_true", help="list the tensors too")
+
+    sub = command("verify", _verify, "Check every checksum; print OK, or FAIL and what is bad.")
+    sub.add_argument("src", metavar="SRC", help=".bs file or directory")
+    sub.add_argument("--source", metavar="ST", help="compare with this .safetensors file or directory too")
+    sub.add_argument("--base", metavar="BASE", help="the base model of a delta")
+
+    sub = command("benchmark", _benchmark, "Measure ratio and speed on a file; nothing is left behind.")
+    sub.add_argument("src", metavar="SRC", help=".safetensors file or model directory")
+    _add_modes(sub)
+    return parser
+
+
+def _add_modes(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(mode="balanced")
+    group = parser.add_mutually_exclusive_group()
+    for mode, text in (
+        ("storage", "smallest files"),
+        ("balanced", "the default"),
+        ("inference", "fastest decoding"),
+    ):
+        group.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
+
+
+def _threads(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+class _Version(argparse.Action):
+    """Like argparse's own, but finds the version only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import bigsmall
+
+        print(f"bigsmall {bigsmall.__version__}")
+        parser.exit()
+
+
+def _option(args: argparse.Namespace, name: str) -> Any:
+    return getattr(args, name, None)
+
+
+def _progress(args: argparse.Namespace) -> bool:
+    return not _option(args, "quiet") and not _option(args, "json")
+
+
+def _say(args: argparse.Namespace, lines: Sequence[str], result: dict[str, Any]) -> None:
+    """Prints the result: the lines, or the JSON object, or nothing."""
+    if _option(args, "json"):
+        print(json.dumps(result, ensure_ascii=False))
+    elif not _option(args, "quiet"):
+        for line in lines:
+            print(line)
+
+
+def _without_suffix(path: str, suffix: str) -> str:
+    return path[: -len(suffix)] if path.endswith(suffix) and os.path.basename(path) != suffix else path
+
+
+def _no_replace(error: FileExistsError, dst: str) -> errors.BigSmallError:
+    made = errors.from_status(errors.IO, f"{dst} exists; pass -o to replace it", error.errno or 0, [dst])
+    made.__cause__ = error
+    return made
+
+
+# ---- subcommands -----------------------------------------------------------------------------------------------------
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    src = args.src
+    dst = args.output
+    if dst is None:
+        trimmed = src.rstrip("/" + os.sep) or src
+        dst = f"{trimmed}-bs" if os.path.isdir(src) else _without_suffix(trimmed, ".safetensors") + ".bs"
+    start = time.perf_counter()
+    try:
+        result = api._compress(
+            src,
+            args.base,
+            dst,
+            mode=args.mode,
+            workers=_option(args, "threads"),
+            sha256=args.sha256,
+            overwrite=args.output is not None,
+            force=args.force,
+            progress=_progress(args),
+        )
+    except FileExistsError as error:
+        raise (_no_replace(error, dst) if args.output is None and not os.path.isdir(src) else error) from None
+    elapsed = time.perf_counter() - start
+    source, output = result["source_bytes"], result["output_bytes"]
+    percent = 100 * output / source if source else 100.0
+    _say(
+        args,
+        [
+            f"compressed {src} -> {dst}",
+            f"  source:     {source:,} bytes",
+            f"  compressed: {output:,} bytes ({percent:.2f}%)",
+            f"  saved:      {source - output:,} bytes",
+            f"  elapsed:    {elapsed:.1f}s",
+        ],
+        {
+            "source": src,
+            "output": dst,
+            "mode": args.mode,
+            **result,
+            "ratio_pct": round(percent, 2),
+            "elapsed_s": elapsed,
+        },
+    )
+    return 0
+
+
+def _decompress(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    src = args.src
+    dst = args.output
+    if dst is None:
+        trimmed = src.rstrip("/" + os.sep) or src
+        if os.path.isdir(src):
+            dst = _without_suffix(trimmed, "-bs") if trimmed.endswith("-bs") else f"{trimmed}-safetensors"
+        else:
+            dst = _without_suffix(trimmed, ".bs") + ".safetensors"
+    start = time.perf_counter()
+    try:
+        result = api._decompress(
+            src,
+            dst,
+            base=args.base,
+            workers=_option(args, "threads"),
+            overwrite=args.output is not None,
+            force=args.force,
+            progress=_progress(args),
+        )
+    except FileExistsError as error:
+        raise (_no_replace(error, dst) if args.output is None and not os.path.isdir(src) else error) from None
+    elapsed = time.perf_counter() - start
+    _say(
+        args,
+        [f"decompressed {src} -> {dst}  ({elapsed:.1f}s)"],
+        {"source": src, "output": dst, **result, "elapsed_s": elapsed},
+    )
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    found = api.info(args.src)
+    lines = [f"  {key:<24} {value}" for key, value in found.items() if key != "tensors"]
+    if args.tensors:
+        for tensor in found["tensors"]:
+            shape = "x".join(str(size) for size in tensor["shape"]) or "scalar"
+            lines.append(
+                f"  {tensor['name']}  {tensor['dtype']} {shape}  {tensor['n_bytes']:,} -> "
+                f"{tensor['compressed_bytes']:,} bytes  {tensor['codec']}"
+            )
+    _say(args, lines, found)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    report = api.verify(
+        args.src, args.source, base=args.base, workers=_option(args, "threads"), progress=_progress(args)
+    )
+    lines = [f"{bad.file}: {bad.tensor}: {bad.problem}" for bad in report.bad]
+    if report.n_bad > len(report.bad):
+        lines.append(f"and {report.n_bad - len(report.bad)} more")
+    lines.append("OK" if report else "FAIL")
+    _say(
+        args,
+        lines,
+        {
+            "path": args.src,
+            "ok": report.ok,
+            "n_tensors": report.n_tensors,
+            "n_bad": report.n_bad,
+            "bad": [{"file": bad.file, "tensor": bad.tensor, "problem": bad.problem} for bad in report.bad],
+        },
+    )
+    return 0 if report else 1
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from bigsmall import _native, api
+    from bigsmall import numpy as frames
+    from bigsmall.reader import Destination, Reader
+
+    workers = _option(args, "threads")
+    with tempfile.TemporaryDirectory(prefix="bigsmall-benchmark-") as scratch:
+        _native.library()  # loading it is no part of what is measured
+        dst = os.path.join(scratch, "model" if os.path.isdir(args.src) else "model.bs")
+        start = time.perf_counter()
+        result = api._compress(
+            args.src,
+            None,
+            dst,
+            mode=args.mode,
+            workers=workers,
+            sha256=False,
+            overwrite=True,
+            force=False,
+            progress=_progress(args),
+        )
+        compress_s = time.perf_counter() - start
+        with Reader(dst) as reader:
+            arrays = frames.read(reader, reader.tensors, workers=workers)  # also warms up memory and page cache
+            destinations = [Destination(tensor, frames.address(arrays[tensor.name])) for tensor in reader.tensors]
+            decode_s = _median_time(lambda: reader.decode_many(destinations, workers=workers))
+        # One copy of the same bytes by one thread: the measure of what this machine's memory can do.
+        plain = [array.reshape(-1).view(np.uint8) for array in arrays.values() if array.size]
+        room = [np.empty_like(array) for array in plain]
+
+        def copy() -> None:
+            for target, array in zip(room, plain):
+                np.copyto(target, array)
+
+        copy()
+        copy_s = _median_time(copy)
+    n_bytes = sum(array.nbytes for array in plain)
+    source, output = result["source_bytes"], result["output_bytes"]
+    percent = 100 * output / source if source else 100.0
+    speeds = {
+        "compress_gb_s": source / compress_s / 1e9,
+        "decompress_gb_s": n_bytes / decode_s / 1e9 if n_bytes else 0.0,
+        "memcpy_gb_s": n_bytes / copy_s / 1e9 if n_bytes else 0.0,
+    }
+    _say(
+        args,
+        [
+            f"benchmark {args.src} ({args.mode})",
+            f"  source:     {source:,} bytes",
+            f"  compressed: {output:,} bytes ({percent:.2f}%)",
+            f"  compress:   {speeds['compress_gb_s']:.2f} GB/s  (file to file, with the check)",
+            f"  decompress: {speeds['decompress_gb_s']:.2f} GB/s  (file in the page cache to memory)",
+            f"  memcpy:     {speeds['memcpy_gb_s']:.2f} GB/s  (the same bytes, one thread)",
+        ],
+        {"source": args.src, "mode": args.mode, **result, "ratio_pct": round(percent, 2), **speeds},
+    )
+    return 0
+
+
+def _median_time(run: Any) -> float:
+    times = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return max(statistics.median(times), 1e-9)

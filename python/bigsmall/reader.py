@@ -1,0 +1,279 @@
+"""An open `.bs` file or directory: what is in it, and its tensors decoded into memory of the caller."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from bigsmall import _native, errors
+from bigsmall._dtypes import BY_CODE, PACKED, DType
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file, where it has the number `position`. `shape` counts storage elements: float4_e2m1fn_x2 has
+    its last dimension halved, as torch packs it, and the float6 types are [bytes]."""
+
+    position: int
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+class Destination(NamedTuple):
+    """Memory for one whole tensor: `address` of at least n_bytes bytes, which the caller keeps alive."""
+
+    tensor: TensorInfo
+    address: int
+
+
+class Reader:
+    """An open `.bs` file, or a directory of them as one model.
+
+    path : `.bs` file or directory
+    base : the base model (`.safetensors`, `.bs` or directory) where the file is a delta
+
+    All methods may be called from many threads at once. After a fork() the child opens the file again by itself at the
+    next call. Opening raises OSError (FileNotFoundError, ...), Corrupt, Truncated, Unsupported or WrongBase.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
+        self.path = os.fsdecode(path)
+        self.base = None if base is None else os.fsdecode(base)
+        self._memory: Any = None
+        self._open()
+
+    # ---- opening, and opening again in a child of fork() ----
+
+    @classmethod
+    def from_memory(cls, data: Any) -> Reader:
+        """Opens a whole `.bs` file that lies in memory: bytes, or any object with a contiguous buffer, which must not
+        change while the reader is open."""
+        reader = cls.__new__(cls)
+        reader.path = "<memory>"
+        reader.base = None
+        reader._memory = data
+        reader._open()
+        return reader
+
+    def _open(self) -> None:
+        self._tensors: list[TensorInfo] | None = None
+        self._by_name: dict[str, TensorInfo] | None = None
+        self._info: dict[str, Any] | None = None
+        self._handle: _native.Handle | None = self._opened(self.path, self.base)
+        # A child may have changed its working directory.
+        self._path_again = os.path.abspath(self.path)
+        self._base_again = None if self.base is None else os.path.abspath(self.base)
+        self._identity = self._stat()
+
+    def _opened(self, path: str, base: str | None) -> _native.Handle:
+        ffi, lib = _native.library()
+        raw = ffi.new("bs_reader **")
+        error = ffi.new("bs_error *")
+        source = None
+        if self._memory is not None:
+            source = ffi.from_buffer(self._memory)
+            status = lib.bs_reader_open_memory(source, len(source), raw, error)
+        else:
+            c_base = ffi.NULL if base is None else _native.path_bytes(base)
+            status = lib.bs_reader_open(_native.path_bytes(path), c_base, raw, error)
+        _native.check(status, error, [path] if base is None else [path, base])
+        return _native.Handle(raw[0], lib.bs_reader_close, source)
+
+    def _stat(self) -> tuple[int, ...]:
+        if self._memory is not None:
+            return ()
+        stat = os.stat(self._path_again)
+        return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def _live(self) -> _native.Handle:
+        """The handle. The caller keeps it in a local variable during its call, so that a close elsewhere waits."""
+        handle = self._handle
+        if handle is None:
+            raise errors.InvalidArgument(f"{self.path}: the reader is closed")
+        if not handle.alive:
+            # What is known of the tensors came from the parent's handle, and must fit the file that is opened here.
+            if self._stat() != self._identity:
+                raise errors.InvalidArgument(f"{self.path} has changed since it was opened, before this process forked")
+            handle = self._handle = self._opened(self._path_again, self._base_again)
+        return handle
+
+    # ---- what is in it ----
+
+    def _count(self) -> int:
+        handle = self._live()
+        ffi, lib = _native.library()
+        count = ffi.new("uint64_t *")
+        error = ffi.new("bs_error *")
+        _native.check(lib.bs_reader_count(handle.raw, count, error), error)
+        return int(count[0])
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors, in the order of the file."""
+        if self._tensors is None:
+            self._tensors = self._list_tensors()
+        return self._tensors
+
+    def _list_tensors(self) -> list[TensorInfo]:
+        handle = self._live()
+        ffi, lib = _native.library()
+        error = ffi.new("bs_error *")
+        described = ffi.new("bs_tensor *")
+        length = ffi.new("size_t *")
+        room = 256
+        name = ffi.new("char[]", room)
+        tensors = []
+        for index in range(self._count()):
+            described.size = ffi.sizeof("bs_tensor")
+            _native.check(lib.bs_reader_describe(handle.raw, index, described, error), error)
+            status = lib.bs_reader_name(handle.raw, index, name, room, length, error)
+            if status == errors.DST_TOO_SMALL:
+                room = length[0]
+                name = ffi.new("char[]", room)
+                status = lib.bs_reader_name(handle.raw, index, name, room, length, error)
+            _native.check(status, error)
+            dtype = BY_CODE.get(described.dtype)
+            text = bytes(ffi.buffer(name, length[0])).decode("utf-8")
+            if dtype is None:
+                raise errors.Unsupported(f"{self.path}: tensor {text!r} has dtype number {described.dtype}")
+            shape = tuple(ffi.unpack(described.shape, described.n_dims)) if described.n_dims else ()
+            # Memory is allocated by shape and filled by n_bytes.
+            if described.n_bytes != math.prod(shape) * dtype.size:
+                raise errors.Corrupt(
+                    f"{self.path}: tensor {text!r} has {described.n_bytes} bytes, which {dtype.name} {shape} has not"
+                )
+            tensors.append(TensorInfo(index, text, dtype, shape, described.n_bytes))
+        return tensors
+
+    def find(self, name: str) -> TensorInfo:
+        """The tensor of that name. NotFound (a KeyError) where there is none."""
+        if self._by_name is None:
+            self._by_name = {tensor.name: tensor for tensor in self.tensors}
+        tensor = self._by_name.get(name)
+        if tensor is None:
+            raise errors.NotFound(f"{self.path}: no tensor is named {name!r}")
+        return tensor
+
+    def metadata(self) -> dict[str, str] | None:
+        """The source's `__metadata__`, or None where it had none."""
+        handle = self._live()
+        read = _native.library().lib.bs_reader_metadata
+        parsed: dict[str, str] | None = json.loads(_native.text_of(lambda *where: read(handle.raw, *where)))
+        return parsed
+
+    def info(self) -> dict[str, Any]:
+        """Everything the headers say, as bs_reader_info gives it. The dict is the reader's own: do not change it."""
+        if self._info is None:
+            handle = self._live()
+            read = _native.library().lib.bs_reader_info
+            self._info = json.loads(_native.text_of(lambda *where: read(handle.raw, *where)))
+        return self._info
+
+    def logical_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
+        """The shape that the safetensors header gives: it counts values, also where several share a byte."""
+        if tensor.dtype in PACKED:
+            return tuple(self.info()["tensors"][tensor.position]["source_shape"])
+        return tensor.shape
+
+    # ---- decoding ----
+
+    def decode_many(
+        self, destinations: Iterable[Destination], *, workers: int | None = None, progress: str | None = None
+    ) -> None:
+        """Decodes whole tensors, all at once over all workers. On failure the contents of the memory are undefined."""
+        todo = [destination for destination in destinations if destination.tensor.n_bytes]
+        if not todo:
+            self._live()
+            return
+        handle = self._live()
+        ffi, lib = _native.library()
+        items = ffi.new("bs_decode_item[]", len(todo))
+        for item, (tensor, address) in zip(items, todo):
+            item.index = tensor.position
+            item.dst = ffi.cast("void *", address)
+            item.dst_cap = tensor.n_bytes
+        _native.call_long(
+            lambda job, error: lib.bs_reader_decode_many(handle.raw, items, len(items), job, error),
+            workers=workers,
+            n_bytes=sum(destination.tensor.n_bytes for destination in todo),
+            progress=progress,
+            paths=[self.path],
+        )
+
+    def decode_verified(self, destination: Destination, *, workers: int | None = None) -> None:
+        """Decodes one whole tensor and compares its MD5 with the file's. ChecksumMismatch where they differ."""
+        tensor, address = destination
+        handle = self._live()
+        ffi, lib = _native.library()
+        dst = ffi.cast("void *", address) if tensor.n_bytes else ffi.NULL
+        _native.call_long(
+            lambda job, error: lib.bs_reader_decode_verified(
+                handle.raw, tensor.position, dst, tensor.n_bytes, job, error
+            ),
+            workers=workers,
+            n_bytes=tensor.n_bytes,
+            paths=[self.path],
+        )
+
+    def decode_range(
+        self, tensor: TensorInfo, first: int, count: int, address: int, *, workers: int | None = None
+    ) -> None:
+        """Decodes storage elements first .. first+count-1 of the flattened tensor; only the blocks that hold them are
+        read. `address` has room for count * dtype.size bytes."""
+        if count == 0:
+            self._live()
+            return
+        handle = self._live()
+        ffi, lib = _native.library()
+        dst = ffi.cast("void *", address)
+        n_bytes = count * tensor.dtype.size
+        _native.call_long(
+            lambda job, error: lib.bs_reader_decode_range(
+                handle.raw, tensor.position, first, count, dst, n_bytes, job, error
+            ),
+            workers=workers,
+            n_bytes=n_bytes,
+            paths=[self.path],
+        )
+
+    # ---- lifetime ----
+
+    @property
+    def closed(self) -> bool:
+        return self._handle is None
+
+    def close(self) -> None:
+        """Closes the file as soon as no call of another thread uses it. Closing twice is allowed."""
+        self._handle = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<bigsmall.Reader {self.path!r}{' closed' if self.closed else ''}>"
+
+
+def split_by_bytes(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    """The tensors in groups of at most `limit` bytes; a larger tensor makes a group of its own."""
+    groups: list[list[TensorInfo]] = []
+    size = limit
+    for tensor in tensors:
+        if not groups or size + tensor.n_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.n_bytes
+    return groups
