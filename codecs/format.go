@@ -92,10 +92,6 @@ func (f *Format) blocks() int { return int((f.words + BlockWords - 1) / BlockWor
 
 func (f *Format) groups() int { return (f.blocks() + GroupBlocks - 1) / GroupBlocks }
 
-func (f *Format) blockWords(i int) int {
-	return int(min(f.words-uint64(i)*BlockWords, BlockWords))
-}
-
 // symBits is the width of the symbols of field i; the symbols of a BaseDiff are bit lengths.
 func (f *Format) symBits(i int) uint {
 	if f.transform == BaseDiff {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -510,9 +509,6 @@ func unpackSection(b []byte) ([]byte, error) {
 	return out, nil
 }
 
-// sectionBound bounds len(packSection(content)).
-func sectionBound(content int) int { return content + content>>7 + 128 + codecs.Align }
-
 func appendInts(b []byte, v []uint64) []byte {
 	b = append(b, '[')
 	for i, x := range v {
@@ -641,9 +637,3 @@ func family(tensors []sourceTensor) string {
 
 // roundUp returns the next multiple of a power of two.
 func roundUp(n, to int64) int64 { return n + (-n & (to - 1)) }
-
-// mulFits reports whether a*b stays below 2^62.
-func mulFits(a, b uint64) bool {
-	hi, lo := bits.Mul64(a, b)
-	return hi == 0 && lo < 1<<62
-}

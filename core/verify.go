@@ -26,10 +26,14 @@ type Problem struct {
 }
 
 // Verify decodes everything and checks every checksum and MD5; with a source (a `.safetensors` file or directory) it
-// compares with that too. An error means that the check could not run; damage is reported.
+// compares with that too. An error means that the check could not run: the file cannot be read or is no `.bs` file.
+// Damage is reported, that of a header as a problem without a tensor.
 func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 	r, err := Open(path, basePath)
 	if err != nil {
+		if e := asError(err); (e.Status == Corrupt || e.Status == Truncated || e.Status == Checksum) && !isSafetensors(e.File) {
+			return Report{Bad: []Problem{{e.File, e.Tensor, e.Msg}}}, nil
+		}
 		return Report{}, err
 	}
 	defer r.Close()

@@ -1,0 +1,24 @@
+// Package core is BigSmall's system: files, tensors and models.
+//
+// One way through the house. Compressing: a safetensors header is read (safetensors.go), a writer reserves room for ours
+// (writer.go), codecs looks at each tensor and chooses a format, its groups of blocks are coded in parallel (pool.go) and
+// appended in order, and the file gets its header, trailer and name at the end. Decompressing: the container is checked
+// before anything is allocated (container.go), a payload's head is parsed, its blocks are read, verified and decoded in
+// parallel straight into the caller's memory (reader.go) or a file (decompress.go).
+//
+//	capi (C functions) -> core (files) -> codecs (tensors) -> codecs/rans, codecs/planes
+//
+// Imports go this one way only. FORMAT.md specifies the container, codecs/SPEC.md the payloads.
+//
+//	version.go      the version number, the format's draft
+//	errors.go       statuses; every error names file, tensor and numbers
+//	pool.go         threads, cancelling, progress
+//	safetensors.go  the source's header, kept to the byte
+//	container.go    the bytes of a .bs file
+//	writer.go       writing in one pass; Writer for tensors in memory
+//	reader.go       Reader: decoding tensors, ranges, many at once
+//	base.go         the base model of a delta
+//	compress.go     files and directories in, decompress.go out again
+//	shard.go        bigsmall.index.json
+//	verify.go       checking everything; the headers as JSON
+package core
