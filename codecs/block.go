@@ -33,6 +33,7 @@ const (
 	planeConstant        // one symbol, patches apart
 	planeRANS            // states and words
 	planeZstd            // one byte a symbol, in one zstd frame
+	planePaired          // a symbol plane whose stream holds the mantissas too, and that mantissa plane
 	endPlane
 )
 
@@ -211,24 +212,29 @@ func (f *Format) decodePlane(i int, sym, mant []uint16, group int, body []byte, 
 	if len(m.tables) > 0 {
 		tables = m.expand()[m.choice[group]:]
 	}
-	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, body, s); err != nil {
-		return nil, nil, err
-	}
-	if x.Mant > 0 {
-		m := f.mant[i]
-		classes, shift := room(&s.classes, len(sym)), classShift(x.Sym)
-		for k, v := range sym {
-			classes[k] = m.classes[v>>shift]
-		}
-		if body, err = decodeSymbols(mant, uint(x.Mant), m.expand(), classes, body, s); err != nil {
+	if x.Mant == 0 {
+		if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, nil, body, s); err != nil {
 			return nil, nil, err
 		}
+		return take(body, planes.PackedLen(len(sym), x.Rest))
+	}
+	pair := &rans.PairOf{Values: mant, Tables: f.mant[i].expand(), Class: f.mant[i].classes, Shift: classShift(x.Sym)}
+	paired := len(body) > 0 && body[0] == planePaired
+	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, pair, body, s); err != nil {
+		return nil, nil, err
+	}
+	if len(body) > 0 && paired != (body[0] == planePaired) {
+		return nil, nil, corrupt("a plane of a pair without the other")
+	}
+	if body, err = decodeSymbols(mant, uint(x.Mant), nil, nil, nil, body, s); err != nil {
+		return nil, nil, err
 	}
 	return take(body, planes.PackedLen(len(sym), x.Rest))
 }
 
-// decodeSymbols decodes one plane.
-func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, body []byte, s *Scratch) ([]byte, error) {
+// decodeSymbols decodes one plane. Where it is the first of a pair, the second is decoded too, but for its patches; where
+// it is the second (pair nil), those are all that is left to do.
+func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, pair *rans.PairOf, body []byte, s *Scratch) ([]byte, error) {
 	head, body, err := take(body, planeHead)
 	if err != nil {
 		return nil, err
@@ -241,6 +247,8 @@ func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes [
 		return nil, corrupt("plane of %d with %d bytes left", size, len(body))
 	}
 	var data []byte
+	var carry [rans.Lanes]uint16
+	carried := 0
 	switch kind {
 	case planeRaw, planeZstd:
 		if symBits > 8 || kind == planeRaw && size != 0 {
@@ -269,23 +277,44 @@ func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes [
 		for i := range sym {
 			sym[i] = uint16(size)
 		}
-	case planeRANS:
+	case planePaired, planeRANS:
+		if kind == planePaired && pair == nil { // decoded with its first
+			if size != 0 {
+				return nil, corrupt("second plane of a pair with %d words", size)
+			}
+			break
+		}
+		if kind == planeRANS {
+			pair = nil
+		}
 		if tables == nil {
 			return nil, corrupt("coded plane without a table")
 		}
 		if data, body, err = take(body, rans.StateBytes+2*int(size)); err != nil {
 			return nil, err
 		}
-		if err := rans.Decode(sym, data, tables, classes); err != nil {
+		if carry, err = rans.Decode(sym, data, tables, classes, pair); err != nil {
 			return nil, corrupt("%s", err)
 		}
+		carried = min(2*patches, rans.Lanes)
+		for _, v := range carry[carried:] {
+			if v != 0 {
+				return nil, corrupt("a lane carries what nobody asked for")
+			}
+		}
 	}
-	if data, body, err = take(body, 4*patches); err != nil {
+	if data, body, err = take(body, 4*patches-2*carried); err != nil {
 		return nil, err
+	}
+	patch := func(i int) uint16 { // of the positions and then the symbols, the first 32 come from the lanes
+		if i < carried {
+			return carry[i]
+		}
+		return binary.LittleEndian.Uint16(data[2*(i-carried):])
 	}
 	last := -1
 	for k := range patches {
-		at, v := int(binary.LittleEndian.Uint16(data[2*k:])), binary.LittleEndian.Uint16(data[2*(patches+k):])
+		at, v := int(patch(k)), patch(patches+k)
 		if at <= last || at >= len(sym) || uint(v) >= 1<<symBits {
 			return nil, corrupt("patch %d sets symbol %d to %d", k, at, v)
 		}
@@ -306,7 +335,7 @@ func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
 	if len(f.sym[0].tables) > 0 {
 		tables = f.sym[0].expand()
 	}
-	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), body, s)
+	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), nil, body, s)
 	if err != nil {
 		return err
 	}
@@ -410,14 +439,10 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
 		for i, x := range f.fields {
 			x.Split(sym, mant, rest, words)
-			dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, group, plans), nil, plans[i].zstd, level, s)
 			if x.Mant > 0 {
-				m := f.mant[i]
-				classes, shift := room(&s.classes, n), classShift(x.Sym)
-				for k, v := range sym {
-					classes[k] = m.classes[v>>shift]
-				}
-				dst = encodeSymbols(dst, mant, uint(x.Mant), m.encode(uint(x.Mant)), classes, false, level, s)
+				dst = f.encodePair(dst, i, sym, mant, f.coders(i, group, plans), level, s)
+			} else {
+				dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, group, plans), nil, plans[i].zstd, level, s)
 			}
 			if x.Rest > 0 {
 				dst = pad(planes.Pack(dst, rest, x.Rest), start, 4)
@@ -466,11 +491,7 @@ func (m *model) encode(symBits uint) []*rans.Encoder {
 func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encoder, classes []uint8, tryZstd bool,
 	level zstd.EncoderLevel, s *Scratch) []byte {
 	n, start := len(sym), len(dst)
-	header := func(kind uint8, patches, size int) {
-		dst = append(dst[:start], kind, 0)
-		dst = binary.LittleEndian.AppendUint16(dst, uint16(patches))
-		dst = binary.LittleEndian.AppendUint32(dst, uint32(size))
-	}
+	header := func(kind uint8, patches, size int) { dst = planeHeader(dst, kind, patches, size) }
 	common, others := sym[0], n
 	if tables == nil || nearlyConstant(sym) {
 		common = commonest(sym)
@@ -497,8 +518,9 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 			s.patches = mapClasses(idx, sym, tables, classes, s.patches)
 		}
 		if 4*len(s.patches) < best {
-			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, s.words16())
-			if size := len(s.coded) + 4*len(s.patches); size < best {
+			carry := carried(s.patches)
+			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, nil, &carry, s.words16())
+			if size := len(s.coded) + max(4*len(s.patches)-2*rans.Lanes, 0); size < best {
 				best, kind = size, planeRANS
 			}
 		}
@@ -535,15 +557,76 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 		dst = append(dst, s.coded...)
 	}
 	dst = pad(dst, start, 4)
-	if kind == planeConstant || kind == planeRANS {
-		for _, p := range s.patches {
-			dst = binary.LittleEndian.AppendUint16(dst, p.At)
-		}
-		for _, p := range s.patches {
-			dst = binary.LittleEndian.AppendUint16(dst, p.Value)
+	switch kind {
+	case planeConstant:
+		dst = appendPatches(dst, s.patches, 0)
+	case planeRANS:
+		dst = appendPatches(dst, s.patches, rans.Lanes)
+	}
+	return pad(dst, start, 4)
+}
+
+// carried are the first words of the patches, which ride in the coder's lanes.
+func carried(patches []rans.Patch) (carry [rans.Lanes]uint16) {
+	for i := range carry {
+		if i < 2*len(patches) {
+			carry[i] = patchWord(patches, i)
 		}
 	}
+	return carry
+}
+
+// patchWord is word i of the positions and then the symbols of patches.
+func patchWord(patches []rans.Patch, i int) uint16 {
+	if i < len(patches) {
+		return patches[i].At
+	}
+	return patches[i-len(patches)].Value
+}
+
+// appendPatches appends the words of patches from the first one that is not carried.
+func appendPatches(dst []byte, patches []rans.Patch, first int) []byte {
+	for i := first; i < 2*len(patches); i++ {
+		dst = binary.LittleEndian.AppendUint16(dst, patchWord(patches, i))
+	}
 	return dst
+}
+
+// encodePair appends the symbol plane and the mantissa plane of a field, in one stream where the symbols are coded.
+func (f *Format) encodePair(dst []byte, i int, sym, mant []uint16, tables []*rans.Encoder, level zstd.EncoderLevel, s *Scratch) []byte {
+	x, m, n, start := f.fields[i], f.mant[i], len(sym), len(dst)
+	// Alone: the mantissas as they are. It bounds what the pair may take, and serves where symbols are constant.
+	dst = encodeSymbols(dst, sym, uint(x.Sym), tables, nil, false, level, s)
+	dst = encodeSymbols(dst, mant, uint(x.Mant), nil, nil, false, level, s)
+	if tables == nil || dst[start] != planeRANS {
+		return dst
+	}
+	first, classes, shift := make([]uint8, n), room(&s.classes, n), classShift(x.Sym)
+	patches := tables[0].Map(first, sym, nil)
+	for k, v := range sym {
+		classes[k] = m.classes[v>>shift]
+	}
+	for _, p := range patches { // a decoder sees the stand-in when it looks up the class
+		classes[p.At] = m.classes[tables[0].Common()>>shift]
+	}
+	second, mants := make([]uint8, n), m.encode(uint(x.Mant))
+	also := mapClasses(second, mant, mants, classes, nil)
+	carry := carried(patches)
+	coded := rans.Encode(nil, first, tables, nil, &rans.Pair{Symbols: second, Tables: mants, Classes: classes}, &carry, nil)
+	if len(coded)+4*len(also)+2*planeHead+4 >= len(dst)-start || len(patches)+len(also) > n/4 {
+		return dst
+	}
+	dst = planeHeader(dst[:start], planePaired, len(patches), (len(coded)-rans.StateBytes)/2)
+	dst = pad(append(dst, coded...), start, 4)
+	dst = pad(appendPatches(dst, patches, rans.Lanes), start, 4)
+	dst = planeHeader(dst, planePaired, len(also), 0)
+	return appendPatches(dst, also, 0)
+}
+
+func planeHeader(dst []byte, kind uint8, patches, size int) []byte {
+	dst = append(dst, kind, 0)
+	dst = binary.LittleEndian.AppendUint16(dst, uint16(patches))
+	return binary.LittleEndian.AppendUint32(dst, uint32(size))
 }
 
 // nearlyConstant looks at 32 symbols: the count that decides costs a tenth of the encoder's time.

@@ -93,6 +93,11 @@ func (e *Encoding) GroupBytes(g int) int64 {
 // HeadLen is the length of the head, known before any block is encoded.
 func (e *Encoding) HeadLen() int { return e.headLen }
 
+// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a field.
+func MaxHead(bytes int64) int64 {
+	return 99 + min(bytes/8, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/4096
+}
+
 // Index collects what the groups of a payload report.
 type Index struct{ items []indexItem }
 
@@ -483,7 +488,7 @@ func (e *Encoding) analyseFields(exp uint) error {
 		e.addField(planes.Field{Shift: uint8(8 * i), Sym: 8}, low, rans.MaxSymbols)
 	}
 	if e.tensor.Mode == Storage && exp > 0 {
-		if err := e.modelMantissa(); err != nil {
+		if err := e.modelMantissa(exp, topSets, alphabet); err != nil {
 			return err
 		}
 	}
@@ -515,8 +520,8 @@ func (e *Encoding) chooseField(exp uint, upper planes.Field, sets func(planes.Fi
 			}
 		}
 	}
-	// More than 64 symbols decode by table only, at a third of the speed: worth it from 0.1 percent of the tensor on.
-	if e.tensor.Mode != Inference && bestCost[1]+uint64(e.tensor.Bytes)*8*rans.LogOne/1000 < bestCost[0] {
+	// More than 64 symbols decode by table only, at a third of the speed: worth it from 0.05 percent of the tensor on.
+	if e.tensor.Mode != Inference && bestCost[1]+uint64(e.tensor.Bytes)*8*rans.LogOne/2000 < bestCost[0] {
 		return bestField[1], rans.MaxSymbols
 	}
 	return bestField[0], rans.AliasSymbols
@@ -621,19 +626,51 @@ func entropy(counts []uint64) (cost uint64, any bool) {
 	return cost + total*rans.Log2(total) - logs, total > 0
 }
 
-// modelMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays.
-func (e *Encoding) modelMantissa() error {
-	f := &e.fields[0]
+// modelMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays: below the symbol that
+// was chosen, or a shorter one.
+func (e *Encoding) modelMantissa(exp uint, sets func(planes.Field) [][]uint64, alphabet int) error {
+	chosen := e.fields[0]
+	_, _, alone := cluster(sets(chosen), alphabet)
+	alone += e.words * uint64(chosen.Rest) * rans.LogOne
+	best := alone - alone/1024 // below that the estimate is not to be trusted
+	least := uint8(exp)
+	if !chosen.Rotate {
+		least++
+	}
+	for f := chosen; f.Sym >= least; f.Sym, f.Rest = f.Sym-1, f.Rest+1 {
+		if f.Rest > planes.MaxRest+6 {
+			break
+		}
+		c, mant, cost, err := e.tryMantissa(f, sets, alphabet)
+		if err != nil {
+			return err
+		}
+		if c != nil && cost < best {
+			best = cost
+			e.fields[0], e.sym[0].tables, e.mant[0] = *c, nil, mant
+			e.sym[0].tables, _, _ = cluster(sets(f), alphabet)
+			e.plans[0] = plan{rans: true}
+		}
+	}
+	if e.mant[0] != nil {
+		e.bits -= min(e.bits, alone-best)
+	}
+	return nil
+}
+
+// tryMantissa is what modelMantissa would make of one field, and what that would take. It is nil where nothing is there
+// to model.
+func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint64, alphabet int) (*planes.Field, *model, uint64, error) {
 	m := f.Rest
 	if f.Rotate {
 		m-- // the sign stays raw
 	}
-	if m < 1 {
-		return nil
-	}
-	split := *f
+	split := f
 	split.Mant = min(m, 6)
 	split.Rest -= split.Mant
+	if m < 1 || split.Rest > planes.MaxRest {
+		return nil, nil, 0, nil
+	}
 	size := 1 << split.Mant
 	all := make([]uint64, classCount*size)
 	var mu sync.Mutex
@@ -659,22 +696,22 @@ func (e *Encoding) modelMantissa() error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return nil, nil, 0, err
 	}
-	sets := make([][]uint64, classCount)
-	for i := range sets {
-		sets[i] = all[i*size : (i+1)*size]
+	byClass := make([][]uint64, classCount)
+	for i := range byClass {
+		byClass[i] = all[i*size : (i+1)*size]
 	}
-	tables, of, cost := cluster(sets, rans.AliasSymbols)
-	cost += (classCount*4 + uint64(e.blocks())*(rans.StateBytes+planeHead)*8) * rans.LogOne
-	raw := e.words * uint64(split.Mant) * rans.LogOne
-	if len(tables) == 0 || cost >= raw {
-		return nil
+	tables, of, cost := cluster(byClass, rans.AliasSymbols)
+	if len(tables) == 0 {
+		return nil, nil, 0, nil
 	}
-	e.bits -= raw - cost
-	*f = split
-	e.mant[0] = &model{tables: tables, classes: (*[classCount]uint8)(of)}
-	return nil
+	symTables, _, symCost := cluster(sets(f), alphabet)
+	if len(symTables) == 0 {
+		return nil, nil, 0, nil
+	}
+	cost += symCost + (classCount*4+uint64(e.blocks())*planeHead*8+e.words*uint64(split.Rest))*rans.LogOne
+	return &split, &model{tables: tables, classes: (*[classCount]uint8)(of)}, cost, nil
 }
 
 // sampleBlocks are the blocks on which alternatives are tried: up to four, evenly spread.
@@ -749,10 +786,15 @@ func (e *Encoding) sample() error {
 	return nil
 }
 
+// RowsPossible reports whether a tensor of that shape is tried as differences of rows.
+func RowsPossible(shape []uint64, bytes int64) bool {
+	return len(shape) == 2 && shape[0] >= 16 && shape[1] >= 4 && bytes >= 1<<14
+}
+
 // tryRows looks whether the rows of a matrix resemble the row above, as those of position embeddings do.
 func (e *Encoding) tryRows() error {
 	shape := e.tensor.Shape
-	if len(shape) != 2 || shape[0] < 16 || shape[1] < 4 || e.tensor.Bytes < 1<<14 {
+	if !RowsPossible(shape, e.tensor.Bytes) {
 		return nil
 	}
 	row := e.words / shape[0]

@@ -166,7 +166,7 @@ func headerReserve(src *source, base string, shared ties) int64 {
 	}
 	end := uint64(sourceSize(src)) + Bound(0, uint64(len(src.tensors)), 0)
 	end += end / 1024
-	special := "wpe_delta"
+	rows, few := "wpe_delta", "lowcard"
 	n := 0
 	var buf []byte
 	size := func(t *headerTensor) int {
@@ -175,18 +175,24 @@ func headerReserve(src *source, base string, shared ties) int64 {
 	}
 	for _, t := range src.tensors {
 		bytes := uint64(t.End - t.Begin)
-		h := headerTensor{Name: t.Name, Shape: headerShape(t.DType, t.Shape), DType: t.DType.String(), Codec: codecs.CodecRowDelta,
-			Special: &special, Compressed: bytes + bytes/1024 + 4096, Offset: end, MD5: strings.Repeat("0", 32)}
-		h.Extra = &headerExtra{Head: bytes/4096 + 99999, Checksum: strings.Repeat("0", 16)}
+		h := headerTensor{Name: t.Name, Shape: headerShape(t.DType, t.Shape), DType: t.DType.String(), Codec: codecs.CodecLowcard,
+			Special: &few, Compressed: bytes + bytes/1024 + 4096, Offset: end, MD5: strings.Repeat("0", 32)}
+		h.Extra = &headerExtra{Head: uint64(codecs.MaxHead(t.End - t.Begin)), Checksum: strings.Repeat("0", 16)}
+		if codecs.RowsPossible(h.Shape, t.End-t.Begin) || base != "" {
+			h.Codec, h.Special = codecs.CodecRowDelta, &rows
+		}
 		if base != "" {
 			h.Extra.BaseMD5 = h.MD5
 		}
+		n += size(&h)
+		if bytes < smallestTie {
+			continue
+		}
 		coded := size(&h)
 		h.Codec, h.Compressed, h.Extra = codecTied, 0, &headerExtra{TiedTo: master, Shard: sibling}
-		tied := size(&h)
-		n += max(coded, tied)
+		n += max(0, size(&h)-coded)
 	}
-	return int64(n) + 1024 + 2*int64(len(src.metadata)) + 6*int64(len(base))
+	return int64(n) + 600 + 2*int64(len(src.metadata)) + 6*int64(len(base))
 }
 
 func sourceSize(s *source) int64 {
@@ -345,6 +351,9 @@ func (w *writer) putBatch(items []*item, p *pool) error {
 	return nil
 }
 
+// smallestTie is from how many bytes on a tensor may be a tie: naming its master takes as much as a small payload.
+const smallestTie = 512
+
 // writePayload writes part of the payload that is next.
 func (w *writer) writePayload(at int64, b []byte) error {
 	_, err := w.tmp.WriteAt(b, w.dataAt+w.next+at)
@@ -355,7 +364,7 @@ func (w *writer) writePayload(at int64, b []byte) error {
 func (w *writer) tie(it *item) {
 	it.entry = headerTensor{Name: it.spec.Name, Shape: headerShape(it.spec.DType, it.spec.Shape), DType: it.spec.DType.String(),
 		Codec: codecs.CodecStored, MD5: hex.EncodeToString(it.md5[:])}
-	if it.spec.End == it.spec.Begin {
+	if it.spec.End-it.spec.Begin < smallestTie {
 		return
 	}
 	key := tieKey{it.spec.End - it.spec.Begin, it.hash, it.md5}

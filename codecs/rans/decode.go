@@ -22,56 +22,79 @@ func NewDecoder(t *Table) *Decoder {
 }
 
 // ErrStream says that a stream does not end as an encoder ends it: a state is off, or words are missing or left over.
-var ErrStream = errors.New("rANS stream does not end in its first state")
+var ErrStream = errors.New("rANS stream does not end in a first state")
+
+// PairOf is where the second string of symbols of a stream goes: value i is decoded with
+// Tables[Class[values[i]>>Shift]], values being those of the first.
+type PairOf struct {
+	Values []uint16
+	Tables []*Decoder
+	Class  *[256]uint8
+	Shift  uint8
+}
 
 // Decode fills values from the states and words in src, which must be exactly those of len(values) symbols: with one
-// table, or, where classes is not nil, value i with tables[classes[i]].
-func Decode(values []uint16, src []byte, tables []*Decoder, classes []uint8) error {
+// table, or, where classes is not nil, value i with tables[classes[i]]; pair may be nil. It returns what the encoder
+// gave its lanes to carry.
+func Decode(values []uint16, src []byte, tables []*Decoder, classes []uint8, pair *PairOf) (carry [Lanes]uint16, err error) {
 	if len(src) < StateBytes || len(src)%2 != 0 {
-		return ErrStream
+		return carry, ErrStream
 	}
 	var x [Lanes]uint32
 	for i := range x {
 		x[i] = uint32(binary.LittleEndian.Uint16(src[2*i:])) | uint32(binary.LittleEndian.Uint16(src[2*Lanes+2*i:]))<<16
 		if x[i] < lower {
-			return ErrStream
+			return carry, ErrStream
 		}
 	}
 	words := src[StateBytes:]
 	at, i := 0, 0
-	if classes == nil {
+	if classes == nil && pair == nil {
 		d := tables[0]
 		// A turn may take 32 words: while that many are left none needs a check of its own.
 		for ; i+Lanes <= len(values) && at+2*Lanes <= len(words); i += Lanes {
 			at += 2 * int(turn(&x, d, (*[2 * Lanes]byte)(words[at:]), (*[Lanes]uint16)(values[i:])))
 		}
 	}
-	for ; i < len(values); i++ {
-		d := tables[0]
-		if classes != nil {
-			d = tables[classes[i]]
-		}
-		e := d.entry[x[i%Lanes]%Slots]
-		values[i] = d.value[uint8(e)]
-		v := x[i%Lanes]>>ScaleBits*(e>>20+1) + e>>8%Slots
+	one := func(lane int, d *Decoder) uint16 {
+		e := d.entry[x[lane]%Slots]
+		v := x[lane]>>ScaleBits*(e>>20+1) + e>>8%Slots
 		if v < lower {
 			if at+2 > len(words) {
-				return ErrStream
+				at = len(words) + 1 // remembered: nothing is read any more, and the end is wrong
+				return 0
 			}
 			v = v<<16 | uint32(binary.LittleEndian.Uint16(words[at:]))
 			at += 2
 		}
-		x[i%Lanes] = v
+		x[lane] = v
+		return d.value[uint8(e)]
 	}
-	if at != len(words) {
-		return ErrStream
-	}
-	for _, v := range x {
-		if v != lower {
-			return ErrStream
+	for ; i < len(values) && at <= len(words); i += Lanes {
+		n := min(Lanes, len(values)-i)
+		for j := range n {
+			d := tables[0]
+			if classes != nil {
+				d = tables[classes[i+j]]
+			}
+			values[i+j] = one(j, d)
+		}
+		if pair != nil {
+			for j := range n {
+				pair.Values[i+j] = one(j, pair.Tables[pair.Class[uint8(values[i+j]>>pair.Shift)]])
+			}
 		}
 	}
-	return nil
+	if at != len(words) {
+		return carry, ErrStream
+	}
+	for k, v := range x {
+		if v>>16 != 1 {
+			return carry, ErrStream
+		}
+		carry[k] = uint16(v)
+	}
+	return carry, nil
 }
 
 // step decodes one lane: the next state, and the position by the borrow of a subtraction. Branches would cost most: a

@@ -8,15 +8,19 @@ type Encoder struct {
 	symbol [MaxSymbols]uint32 // frequency << 16 | first entry in slot
 	slot   [Slots]uint16      // first entry + rank -> slot
 	common uint8
+	value  uint16 // of common
 	cost   [MaxSymbols]uint32
 }
+
+// Common is the value that stands in for those without a symbol.
+func (e *Encoder) Common() uint16 { return e.value }
 
 // none marks a value that has no symbol.
 const none = 1 << 15
 
 // NewEncoder prepares a table for values below 1<<symBits.
 func NewEncoder(t *Table, symBits uint) *Encoder {
-	e := &Encoder{index: make([]uint16, 1<<symBits), common: uint8(t.Common())}
+	e := &Encoder{index: make([]uint16, 1<<symBits), common: uint8(t.Common()), value: t.Value[t.Common()]}
 	for i := range e.index {
 		e.index[i] = none | uint16(e.common)
 	}
@@ -66,31 +70,58 @@ func (e *Encoder) Cost(counts []uint64, patchBits uint64) uint64 {
 	return sum
 }
 
-// Encode codes the symbols with one table, or, where classes is not nil, symbol i with tables[classes[i]]. It appends the
-// states and the words. scratch is memory to work in.
-func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, scratch []byte) []byte {
+// Pair is a second string of symbols in the lanes of a first: after the 32 symbols of a turn come those 32 of the pair,
+// symbol i coded with Tables[Classes[i]].
+type Pair struct {
+	Symbols []uint8
+	Tables  []*Encoder
+	Classes []uint8
+}
+
+// Encode codes the symbols with one table, or, where classes is not nil, symbol i with tables[classes[i]]; pair may be
+// nil. Carry rides along in the lanes' first states and comes back from Decode: 64 bytes for half a bit a lane. The
+// states and the words are appended to dst; scratch is memory to work in.
+func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, pair *Pair, carry *[Lanes]uint16, scratch []byte) []byte {
 	var x [Lanes]uint32
 	for i := range x {
-		x[i] = lower
+		x[i] = lower | uint32(carry[i])
 	}
-	e, i := tables[0], len(symbols)
-	q := 2*i + 2*Lanes // room below for the words of a turn
+	n := len(symbols)
+	q := 2*n + 2*Lanes // room below for the words of a turn
+	if pair != nil {
+		q += 2 * n
+	}
 	if cap(scratch) < q {
 		scratch = make([]byte, q)
 	}
 	scratch = scratch[:q]
-	for ; i > 0 && (i%Lanes != 0 || classes != nil); i-- {
-		if classes != nil {
-			e = tables[classes[i-1]]
-		}
-		v, t := x[(i-1)%Lanes], e.symbol[symbols[i-1]]
+	put := func(i int, e *Encoder, s uint8) {
+		v, t := x[i%Lanes], e.symbol[s]
 		full := overflow(v, t)
 		binary.LittleEndian.PutUint16(scratch[q-2:], uint16(v))
 		q -= int(full << 1)
-		x[(i-1)%Lanes] = e.next(v>>(full<<4&31), t)
+		x[i%Lanes] = e.next(v>>(full<<4&31), t)
 	}
-	for ; i > 0; i -= Lanes {
-		q -= int(e.turnBack(&x, (*[Lanes]uint8)(symbols[i-Lanes:]), (*[2 * Lanes]byte)(scratch[q-2*Lanes:])))
+	for end := n; end > 0; {
+		start := (end - 1) &^ (Lanes - 1)
+		if pair == nil && classes == nil && end-start == Lanes {
+			q -= int(tables[0].turnBack(&x, (*[Lanes]uint8)(symbols[start:]), (*[2 * Lanes]byte)(scratch[q-2*Lanes:])))
+			end = start
+			continue
+		}
+		if pair != nil {
+			for i := end - 1; i >= start; i-- {
+				put(i, pair.Tables[pair.Classes[i]], pair.Symbols[i])
+			}
+		}
+		for i := end - 1; i >= start; i-- {
+			e := tables[0]
+			if classes != nil {
+				e = tables[classes[i]]
+			}
+			put(i, e, symbols[i])
+		}
+		end = start
 	}
 	for _, v := range x {
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(v))

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -110,16 +111,24 @@ func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
 	syms := make([]uint8, n)
 	patches := enc.Map(syms, values, nil)
 	scratch := make([]byte, 2*n)
-	coded := Encode(nil, syms, []*Encoder{enc}, nil, scratch)
+	var carry [Lanes]uint16
+	for i := range carry {
+		carry[i] = uint16(r.Uint32())
+	}
+	coded := Encode(nil, syms, []*Encoder{enc}, nil, nil, &carry, scratch)
 	got := make([]uint16, n)
-	require.NoError(t, Decode(got, coded, []*Decoder{dec}, nil))
+	back, err := Decode(got, coded, []*Decoder{dec}, nil, nil)
+	require.NoError(t, err)
+	require.Equal(t, carry, back)
 	for _, p := range patches {
 		got[p.At] = p.Value
 	}
 	require.Equal(t, values, got)
 	// Cut, lengthened or changed streams must be noticed: states and words are all used.
-	require.Error(t, Decode(got, coded[:len(coded)-2], []*Decoder{dec}, nil))
-	require.Error(t, Decode(got, append(coded, 0, 0), []*Decoder{dec}, nil))
+	_, err = Decode(got, coded[:len(coded)-2], []*Decoder{dec}, nil, nil)
+	require.Error(t, err)
+	_, err = Decode(got, append(coded, 0, 0), []*Decoder{dec}, nil, nil)
+	require.Error(t, err)
 	// With classes: two tables in turn.
 	classes := make([]uint8, n)
 	for i := range classes {
@@ -128,12 +137,29 @@ func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
 	other := randomTable(r, len(table.Value))
 	encs, decs := []*Encoder{enc, NewEncoder(other, 8)}, []*Decoder{dec, NewDecoder(other)}
 	decs[1].value = dec.value
-	coded = Encode(nil, syms, encs, classes, scratch)
-	require.NoError(t, Decode(got, coded, decs, classes))
+	coded = Encode(nil, syms, encs, classes, nil, &carry, scratch)
+	_, err = Decode(got, coded, decs, classes, nil)
+	require.NoError(t, err)
+	standIn := slices.Clone(got)
 	for _, p := range patches {
 		got[p.At] = p.Value
 	}
 	require.Equal(t, values, got)
+	// And as a pair of strings in the same lanes, the second by class of the first.
+	var class [256]uint8
+	for i := range class {
+		class[i] = uint8(i & 1)
+	}
+	for i, v := range standIn {
+		classes[i] = class[uint8(v>>1)]
+	}
+	coded = Encode(nil, syms, encs, nil, &Pair{syms, encs, classes}, &carry, scratch)
+	second := make([]uint16, n)
+	back, err = Decode(got, coded, decs, nil, &PairOf{second, decs, &class, 1})
+	require.NoError(t, err)
+	require.Equal(t, carry, back)
+	require.Equal(t, standIn, got)
+	require.Equal(t, standIn, second)
 }
 
 func FuzzDecode(f *testing.F) {
@@ -141,7 +167,7 @@ func FuzzDecode(f *testing.F) {
 	dec := NewDecoder(table)
 	f.Add(make([]byte, 200), 40)
 	f.Fuzz(func(_ *testing.T, src []byte, n int) {
-		_ = Decode(make([]uint16, max(0, min(n, 1<<16))), src, []*Decoder{dec}, nil)
+		_, _ = Decode(make([]uint16, max(0, min(n, 1<<16))), src, []*Decoder{dec}, nil, nil)
 	})
 }
 
@@ -168,17 +194,17 @@ func BenchmarkCoder(b *testing.B) {
 		syms := make([]uint8, n)
 		scratch := make([]byte, 2*n)
 		enc.Map(syms, values, nil)
-		coded := Encode(nil, syms, []*Encoder{enc}, nil, scratch)
+		coded := Encode(nil, syms, []*Encoder{enc}, nil, nil, &[Lanes]uint16{}, scratch)
 		b.Run(fmt.Sprintf("decode/%d/generic/64Ki", symbols), func(b *testing.B) {
 			b.SetBytes(2 * n)
 			for b.Loop() {
-				_ = Decode(values, coded, []*Decoder{dec}, nil)
+				_, _ = Decode(values, coded, []*Decoder{dec}, nil, nil)
 			}
 		})
 		b.Run(fmt.Sprintf("encode/%d/generic/64Ki", symbols), func(b *testing.B) {
 			b.SetBytes(2 * n)
 			for b.Loop() {
-				coded = Encode(coded[:0], syms, []*Encoder{enc}, nil, scratch)
+				coded = Encode(coded[:0], syms, []*Encoder{enc}, nil, nil, &[Lanes]uint16{}, scratch)
 			}
 		})
 	}
