@@ -487,12 +487,27 @@ func (e *Encoding) analyseFields(exp uint) error {
 		}
 		e.addField(planes.Field{Shift: uint8(8 * i), Sym: 8}, low, rans.MaxSymbols)
 	}
-	if e.tensor.Mode == Storage && exp > 0 {
-		if err := e.modelMantissa(exp, topSets, alphabet); err != nil {
-			return err
-		}
+	if err := e.sample(); err != nil || e.tensor.Mode != Storage || exp == 0 {
+		return err
 	}
-	return e.sample()
+	with := *e
+	with.fields, with.sym, with.mant, with.plans = slices.Clone(e.fields), slices.Clone(e.sym), slices.Clone(e.mant), slices.Clone(e.plans)
+	if err := with.modelMantissa(exp, topSets, alphabet); err != nil || with.mant[0] == nil {
+		return err
+	}
+	if err := with.sample(); err != nil {
+		return err
+	}
+	if with.size() < e.size() {
+		*e = with
+	}
+	return nil
+}
+
+// size estimates the payload from the sample blocks.
+func (e *Encoding) size() uint64 {
+	blocks := uint64(e.blocks())
+	return e.sampled*blocks/uint64(len(e.sampleBlocks())) + uint64(len(e.appendHead(nil, nil)))
 }
 
 // chooseField finds how many mantissa bits, and whether the sign, belong into the symbol, and how many symbols it takes.
@@ -647,8 +662,9 @@ func (e *Encoding) modelMantissa(exp uint, sets func(planes.Field) [][]uint64, a
 		}
 		if c != nil && cost < best {
 			best = cost
-			e.fields[0], e.sym[0].tables, e.mant[0] = *c, nil, mant
-			e.sym[0].tables, _, _ = cluster(sets(f), alphabet)
+			tables, _, _ := cluster(sets(f), alphabet)
+			e.fields[0], e.mant[0] = *c, mant
+			e.sym[0] = &model{tables: tables, choice: make([]uint8, e.groups())}
 			e.plans[0] = plan{rans: true}
 		}
 	}
@@ -823,7 +839,7 @@ func (e *Encoding) tryRows() error {
 	if err := c.analyseFields(0); err != nil {
 		return err
 	}
-	if c.sampled < e.sampled {
+	if c.size() < e.size() {
 		*e = *c
 	}
 	return nil

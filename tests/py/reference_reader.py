@@ -332,14 +332,14 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
     covered = 0
     width = {HALF: 16, PALETTE: 8}.get(transform, 8 * word_bytes) - shift
     check(width > 0, "a shift")
-    for field in fields:
+    for field, (_, n_mantissa_tables) in zip(fields, n_tables):
         if transform == BASE:
-            check(field == Field(0, 0, 0, 0, 0) and n_tables[0][1] == 0, "a descriptor")
+            check(field == Field(0, 0, 0, 0, 0) and n_mantissa_tables == 0, "a descriptor")
             field.sym = 7
             continue
         check(1 <= field.sym <= 12 and field.mant <= 8 and field.rest <= 15 and field.width <= 24, "parts of a field")
         check(field.rotate <= (field.rest > 0), "a rotated field")
-        check(field.mant or not n_tables[len(fields) - 1][1], "tables without mantissas")
+        check(field.mant or not n_mantissa_tables, "tables without mantissas")
         mask = (1 << field.width) - 1 << field.shift
         check(not covered & mask, "fields that overlap")
         covered |= mask

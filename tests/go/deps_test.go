@@ -1,0 +1,43 @@
+package tests
+
+import (
+	"encoding/json"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Imports go one way: capi -> core -> codecs -> codecs/{rans, planes}.
+func TestImportsGoOneWay(t *testing.T) {
+	const module = "bigsmall.dev/bigsmall/"
+	allowed := map[string][]string{
+		"capi": {"core", "codecs"}, "core": {"codecs"}, "codecs": {"codecs/rans", "codecs/planes"}, "codecs/rans": {}, "codecs/planes": {},
+	}
+	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", "../../capi", "../../core/...", "../../codecs/...").Output()
+	require.NoError(t, err)
+	d := json.NewDecoder(strings.NewReader(string(out)))
+	seen := 0
+	for d.More() {
+		var p struct {
+			ImportPath string
+			Imports    []string
+		}
+		require.NoError(t, d.Decode(&p))
+		name := strings.TrimPrefix(p.ImportPath, module)
+		may, known := allowed[name]
+		require.True(t, known, "a new package %s: say here what it may import", name)
+		seen++
+		for _, i := range p.Imports {
+			if rest, ours := strings.CutPrefix(i, module); ours {
+				require.Contains(t, may, rest, "%s imports %s", name, rest)
+			}
+			if name != "capi" {
+				require.NotEqual(t, "C", i)
+				require.NotEqual(t, "os/signal", i)
+			}
+		}
+	}
+	require.Len(t, allowed, seen)
+}
