@@ -85,11 +85,16 @@ build/weights/%.done: scripts/weights/get_weights.py scripts/weights/derive.py |
 	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py cast $*
 	touch $@
 
+# Fine-tunes, for deltas.
+build/weights/fine-tunes.done: build/weights/minilm-l6-v2.done
+	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py ft minilm-l6-v2 minilm-l6-v2-bf16 minilm-l6-v2-fp16
+	touch $@
+
 $(SYNTHETIC): scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
 	$(VENV_TEST)/bin/python $< $(@:.done=) --preset tiny --shard-gb 0.03
 	touch $@
 
-test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) $(SYNTHETIC)
+test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weights/fine-tunes.done $(SYNTHETIC)
 	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)
 
 bench: $(VENV_TEST)/.bigsmall $(BENCH_MODELS:%=build/weights/%.done)

@@ -30,7 +30,7 @@ GROUP = 4
 CODECS = ("bs_stored", "bs_planes", "bs_lowcard", "bs_rowdelta", "bs_delta")
 TRANSFORMS = ("plain", "half", "palette", "row_difference", "base_difference")
 BLOCK_KINDS = ("stored", "coded", "zstd")
-PLANE_KINDS = ("raw", "constant", "coded", "zstd")
+PLANE_KINDS = ("raw", "constant", "coded", "zstd", "paired")
 PLAIN, HALF, PALETTE, ROW, BASE = range(5)
 
 # torch's name: safetensors' name, bits of a value, bytes of a word, whether a word has a sign.
@@ -228,32 +228,36 @@ class Tables:
         return index, rank
 
 
-def decode_stream(state_bytes: bytes, word_bytes: bytes, tables: Tables, table: int | Array, n: int) -> Array:
-    """n symbols. table: the one that codes them all, or one for each symbol."""
-    halves = np.frombuffer(state_bytes, "<u2").astype(np.uint32)
-    states = halves[:LANES] | halves[LANES:] << 16
-    check((states >= BLOCK).all(), "a state at the start")
-    n_words = len(word_bytes) // 2
-    # The zeros stand for the words that lanes look at without taking them.
-    words = np.append(np.frombuffer(word_bytes, "<u2"), np.zeros(LANES, np.uint16)).astype(np.uint32)
-    next_word = 0
-    symbols = np.empty(n, np.uint32)
-    for start in range(0, n, LANES):
-        end = min(start + LANES, n)
-        x = states[: end - start]  # the last turn may not need all lanes
-        t = table[start:end] if isinstance(table, np.ndarray) else table
-        index, rank = tables.look_up(t, x & 4095)
-        symbols[start:end] = tables.symbol[t, index]
-        x = tables.frequency[t, index] * (x >> 12) + rank
+class Stream:
+    """The states of 32 lanes and the words that they share."""
+
+    def __init__(self, states: bytes, words: bytes) -> None:
+        halves = np.frombuffer(states, "<u2").astype(np.uint32)
+        self.states = halves[:LANES] | halves[LANES:] << 16
+        check((self.states >= BLOCK).all(), "a state at the start")
+        self.n_words = len(words) // 2
+        # The zeros stand for the words that lanes look at without taking them.
+        self.words = np.append(np.frombuffer(words, "<u2"), np.zeros(LANES, np.uint16)).astype(np.uint32)
+        self.next_word = 0
+
+    def turn(self, tables: Tables, table: Any, lanes: int) -> Array:
+        """A symbol from each of the first lanes. table: the one that codes them all, or one for each lane."""
+        x = self.states[:lanes]
+        index, rank = tables.look_up(table, x & 4095)
+        x = tables.frequency[table, index] * (x >> 12) + rank
         ballot = x < BLOCK
         up_to_lane = np.cumsum(ballot)
-        check(next_word + up_to_lane[-1] <= n_words, "a stream that ends early")
-        x = np.where(ballot, x << 16 | words[next_word + up_to_lane - ballot], x)
-        next_word += int(up_to_lane[-1])
-        states[: end - start] = x
-    check((states == BLOCK).all(), "a state at the end")
-    check(next_word == n_words, "words that are left")
-    return symbols
+        check(self.next_word + up_to_lane[-1] <= self.n_words, "a stream that ends early")
+        x = np.where(ballot, x << 16 | self.words[self.next_word + up_to_lane - ballot], x)
+        self.next_word += int(up_to_lane[-1])
+        self.states[:lanes] = x
+        return tables.symbol[table, index]
+
+    def carried(self) -> Array:
+        """The numbers that the lanes are left with."""
+        check((self.states >> 16 == 1).all(), "a state at the end")
+        check(self.next_word == self.n_words, "words that are left")
+        return self.states & 65535
 
 
 # ---- SPEC.md section 2: payloads ----
@@ -369,54 +373,95 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
 def read_plane(
     cursor: Cursor,
     width: int,
-    model: Model,
-    table: int | Array,
     n: int,
     forms: Counter[str],
     what: str,
+    decode: Mapping[str, Callable[[Stream], Array]],
+    mantissas: Array | None = None,
 ) -> Array:
+    """decode: what to do with the stream, by the kinds that have one. mantissas: those of a pair."""
     kind = cursor.number(1)
     cursor.zeros(1)
     n_patches, argument = cursor.number(2), cursor.number(4)
     check(kind < len(PLANE_KINDS), "a plane's kind")
     name = PLANE_KINDS[kind]
-    forms[f"{what}.{name}"] += 1
-    check(width <= 8 or name in ("constant", "coded"), "bytes of a wide part")
-    check(n_patches == 0 or name in ("constant", "coded"), "patches that have no place")
+    check(width <= 8 or name not in ("raw", "zstd"), "bytes of a wide part")
+    check(n_patches == 0 or name not in ("raw", "zstd"), "patches that have no place")
+    check(mantissas is None or name == "paired", "half a pair")
+    carried = np.zeros(0, np.uint32)
     if name == "raw":
         check(argument == 0, "a plane's reserved bytes")
         symbols = cursor.array(n, "u1").astype(np.uint32)
     elif name == "zstd":
         symbols = np.frombuffer(zstd_frame(cursor.take(argument), n), "u1").astype(np.uint32)
     elif name == "constant":
-        symbols = np.full(n, argument, np.uint64)
+        check(argument < 1 << width, "a symbol too large")
+        symbols = np.full(n, argument, np.uint32)
+    elif mantissas is not None:
+        check(argument == 0, "words of a pair's second half")
+        symbols = mantissas
     else:
-        tables = model.tables
-        check(tables.count, "a coded plane without table")
-        used = np.unique(table)
-        forms[f"{what}.coded.tables_by_class"] += len(used) > 1
-        forms[f"{what}.coded.slots"] += bool(tables.wide[used].any())
-        forms[f"{what}.coded.alias"] += not tables.wide[used].all()
-        forms[f"{what}.coded.ragged"] += n % LANES != 0
-        symbols = decode_stream(cursor.take(128), cursor.take(2 * argument), tables, table, n)
+        check(name in decode, "a plane's kind")
+        stream = Stream(cursor.take(128), cursor.take(2 * argument))
+        symbols = decode[name](stream)
+        carried = stream.carried()
+        check(not carried[2 * n_patches :].any(), "a lane that carries what is no patch")
+        carried = carried[: 2 * n_patches]
+        forms[f"{what}.{name}.ragged"] += n % LANES != 0
     cursor.align(4)
-    positions, values = cursor.array(n_patches, "<u2").astype(np.int64), cursor.array(n_patches, "<u2")
+    stored = cursor.array(2 * n_patches - len(carried), "<u2")
+    cursor.align(4)
+    positions, values = np.concatenate([carried, stored]).astype(np.int64).reshape(2, n_patches)
     check((positions[1:] > positions[:-1]).all() and (positions < n).all(), "positions of patches")
-    cursor.align(4)
     symbols[positions] = values
     check((symbols < 1 << width).all(), "a symbol too large")
+    forms[f"{what}.{name}"] += 1
     forms[f"{what}.{name}.patched"] += n_patches > 0
+    forms[f"{what}.{name}.patches_stored"] += len(stored) > 0
     return symbols.astype(np.uint64)
+
+
+def count_tables(tables: Tables, chosen: Any, forms: Counter[str], what: str) -> None:
+    used = np.unique(chosen)
+    check(tables.count, "a coded plane without table")
+    forms[f"{what}.tables_by_class"] += len(used) > 1
+    forms[f"{what}.slots"] += bool(tables.wide[used].any())
+    forms[f"{what}.alias"] += not tables.wide[used].all()
 
 
 def read_field(cursor: Cursor, field: Field, models: tuple[Model, Model | None], group: int, n: int, forms: Any) -> Array:
     symbol_model, mantissa_model = models
-    sym = read_plane(cursor, field.sym, symbol_model, symbol_model.choice[group], n, forms, "plane")
-    run = sym
+    table = symbol_model.choice[group]
+    decoded, decoded_mantissas = np.zeros((2, n), np.uint32)
+
+    def coded(stream: Stream) -> Array:
+        count_tables(symbol_model.tables, table, forms, "plane.coded")
+        for start in range(0, n, LANES):
+            end = min(start + LANES, n)  # the last turn may not need all lanes
+            decoded[start:end] = stream.turn(symbol_model.tables, table, end - start)
+        return decoded
+
+    def paired(stream: Stream) -> Array:
+        assert mantissa_model is not None
+        count_tables(symbol_model.tables, table, forms, "plane.paired")
+        check(mantissa_model.tables.count, "a coded plane without table")
+        choice = np.array(mantissa_model.choice)
+        for start in range(0, n, LANES):
+            end = min(start + LANES, n)
+            symbols = stream.turn(symbol_model.tables, table, end - start)
+            chosen = choice[symbols >> max(0, field.sym - 8)]
+            decoded[start:end] = symbols
+            decoded_mantissas[start:end] = stream.turn(mantissa_model.tables, chosen, end - start)
+        count_tables(mantissa_model.tables, choice[decoded >> max(0, field.sym - 8)], forms, "mantissa.paired")
+        pairs.append(decoded_mantissas)
+        return decoded
+
+    pairs: list[Array] = []
+    decode = {"coded": coded} if mantissa_model is None else {"coded": coded, "paired": paired}
+    run = read_plane(cursor, field.sym, n, forms, "plane", decode)
     if mantissa_model is not None:
-        classes = sym.astype(np.int64) >> max(0, field.sym - 8)
-        chosen = np.array(mantissa_model.choice)[classes]
-        mant = read_plane(cursor, field.mant, mantissa_model, chosen, n, forms, "mantissa")
+        mantissas = pairs[0] if pairs else None
+        mant = read_plane(cursor, field.mant, n, forms, "mantissa", {}, mantissas)
         run = run << np.uint64(field.mant) | mant
     if field.rest:
         packed = bits(cursor.take(up(-(-n * field.rest // 8), 4)), n * field.rest)
@@ -439,7 +484,13 @@ def single_of_half(half: Array) -> Array:
 
 def read_difference(cursor: Cursor, model: Model, base: Array, signed: bool, width: int, n: int, forms: Any) -> Array:
     chosen = np.array(model.choice)[(base >> np.uint64(max(0, width - 9)) & np.uint64(255)).astype(np.int64)]
-    length = read_plane(cursor, 7, model, chosen, n, forms, "difference").astype(np.int64)
+
+    def coded(stream: Stream) -> Array:
+        count_tables(model.tables, chosen, forms, "difference.coded")
+        turns = [chosen[start : start + LANES] for start in range(0, n, LANES)]
+        return np.concatenate([stream.turn(model.tables, tables, len(tables)) for tables in turns])
+
+    length = read_plane(cursor, 7, n, forms, "difference", {"coded": coded}).astype(np.int64)
     check((length <= width).all(), "a difference too long")
     extra = np.maximum(length - 1, 0)
     total = int(extra.sum())

@@ -127,13 +127,13 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
         "storage",
         "BF16",
         lambda: bfloat16(integers(-200, 200, 30001)),
-        ["mantissa.coded.alias", "mantissa.coded.tables_by_class", "mantissa.coded.ragged"],
+        ["plane.paired", "plane.paired.ragged", "mantissa.paired", "mantissa.paired.alias", "mantissa.paired.tables_by_class"],
     ),
     "grid": (
         "storage",
         "BF16",
         lambda: bfloat16(np.rint(normal(BLOCK) * 127) / 1000),
-        ["mantissa.coded.patched"],
+        ["mantissa.paired.patched"],
     ),
 }
 
