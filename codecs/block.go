@@ -51,7 +51,6 @@ type Scratch struct {
 	packed         []byte
 	patches        []rans.Patch
 	decoder        *zstd.Decoder
-	encoders       map[zstd.EncoderLevel]*zstd.Encoder
 	check          []byte
 	raw, rawBase   []byte
 }
@@ -86,20 +85,33 @@ func (s *Scratch) zstdDecode(dst, src []byte) error {
 	return nil
 }
 
-func (s *Scratch) zstdEncode(dst, src []byte, level zstd.EncoderLevel) []byte {
-	e := s.encoders[level]
-	if e == nil {
-		var err error
-		e, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
+// zstdPool lends encoders of one level. The best level keeps tens of MiB in each, so there are few, and who finds none
+// waits: nothing is locked while one is held.
+type zstdPool struct {
+	idle chan *zstd.Encoder
+}
+
+var zstdPools = map[zstd.EncoderLevel]*zstdPool{
+	zstd.SpeedDefault: newZstdPool(zstd.SpeedDefault, 16), zstd.SpeedBestCompression: newZstdPool(zstd.SpeedBestCompression, 4),
+}
+
+func newZstdPool(level zstd.EncoderLevel, n int) *zstdPool {
+	p := &zstdPool{make(chan *zstd.Encoder, n)}
+	for range n { // what they need they allocate at first use
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
 			zstd.WithWindowSize(BlockWords*8), zstd.WithLowerEncoderMem(true))
 		if err != nil {
 			panic(err) // constant options
 		}
-		if s.encoders == nil {
-			s.encoders = map[zstd.EncoderLevel]*zstd.Encoder{}
-		}
-		s.encoders[level] = e
+		p.idle <- e
 	}
+	return p
+}
+
+func zstdEncode(dst, src []byte, level zstd.EncoderLevel) []byte {
+	p := zstdPools[level]
+	e := <-p.idle
+	defer func() { p.idle <- e }()
 	return e.EncodeAll(src, dst)
 }
 
@@ -109,11 +121,11 @@ func (p *Payload) DecodeBlock(i int, dst, src, base []byte, s *Scratch) error {
 	if got := xxh3.Hash(src); got != p.hash[i] {
 		return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", i, p.Blocks(), got, p.hash[i])
 	}
-	return p.decodeBlock(i/GroupBlocks, dst, src, base, s)
+	return p.decodeBlock(i, dst, src, base, s)
 }
 
-func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error {
-	n := len(dst) / f.word
+func (f *Format) decodeBlock(i int, dst, src, base []byte, s *Scratch) error {
+	n, group, last := len(dst)/f.word, i/GroupBlocks, i == f.blocks()-1
 	if src[1]|src[2]|src[3] != 0 || src[0] >= endBlock {
 		return corrupt("kind %d of a block", src[0])
 	}
@@ -124,7 +136,7 @@ func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error
 			return corrupt("stored block of %d bytes for %d", len(body), len(dst))
 		}
 		copy(dst, body)
-		return zeroPadding(body[len(dst):])
+		return zeroPadding(body[len(dst):], last)
 	case blockZstd:
 		if len(body) < 4 || int64(binary.LittleEndian.Uint32(body)) > int64(len(body)-4) {
 			return corrupt("zstd block of %d bytes", len(body))
@@ -133,10 +145,10 @@ func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error
 		if err := s.zstdDecode(dst, frame); err != nil {
 			return err
 		}
-		return zeroPadding(body[4+len(frame):])
+		return zeroPadding(body[4+len(frame):], last)
 	}
 	if f.transform == BaseDiff {
-		return f.decodeDiff(dst, body, base, s)
+		return f.decodeDiff(dst, body, base, last, s)
 	}
 	if len(f.fields) == 0 {
 		return corrupt("coded block of a payload without fields")
@@ -149,7 +161,7 @@ func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error
 			return err
 		}
 		x.JoinDirect(dst, sym, packed, f.word, f.shift)
-		return zeroPadding(body)
+		return zeroPadding(body, last)
 	}
 	words := room(&s.words, n)
 	clear(words)
@@ -169,7 +181,7 @@ func (f *Format) decodeBlock(group int, dst, src, base []byte, s *Scratch) error
 		return corrupt("index outside the palette")
 	}
 	planes.Store(dst, words, f.word, 0)
-	return zeroPadding(body)
+	return zeroPadding(body, last)
 }
 
 // direct says that the one field can be joined straight into the destination.
@@ -177,8 +189,9 @@ func (f *Format) direct() bool {
 	return f.transform == Plain && len(f.fields) == 1 && f.fields[0].Mant == 0 && f.word <= 2
 }
 
-func zeroPadding(b []byte) error {
-	if len(b) >= Align+8 {
+// zeroPadding checks what follows the content of a block: up to 7 zeros, and in the last block those that pad the payload.
+func zeroPadding(b []byte, last bool) error {
+	if len(b) >= 8 && !last || len(b) >= Align+8 {
 		return corrupt("%d bytes too many in a block", len(b))
 	}
 	for _, v := range b {
@@ -187,6 +200,14 @@ func zeroPadding(b []byte) error {
 		}
 	}
 	return nil
+}
+
+// takeBits cuts a string of bits off body, whose last byte is filled up with zeros.
+func takeBits(body []byte, n int) (head, tail []byte, err error) {
+	if head, tail, err = take(body, (n+7)/8); err == nil && n%8 != 0 && head[n/8]>>(n%8) != 0 {
+		err = corrupt("padding of a string of %d bits is not zero", n)
+	}
+	return head, tail, err
 }
 
 // take cuts n bytes and their padding to four off body.
@@ -213,34 +234,46 @@ func (f *Format) decodePlane(i int, sym, mant []uint16, group int, body []byte, 
 		tables = m.expand()[m.choice[group]:]
 	}
 	if x.Mant == 0 {
-		if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, nil, body, s); err != nil {
+		if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, alone, nil, body, s); err != nil {
 			return nil, nil, err
 		}
-		return take(body, planes.PackedLen(len(sym), x.Rest))
+		return takeBits(body, len(sym)*int(x.Rest))
 	}
 	pair := &rans.PairOf{Values: mant, Tables: f.mant[i].expand(), Class: f.mant[i].classes, Shift: classShift(x.Sym)}
 	paired := len(body) > 0 && body[0] == planePaired
-	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, pair, body, s); err != nil {
+	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, firstOfPair, pair, body, s); err != nil {
 		return nil, nil, err
 	}
-	if len(body) > 0 && paired != (body[0] == planePaired) {
-		return nil, nil, corrupt("a plane of a pair without the other")
+	role := alone
+	if paired {
+		role = secondOfPair
 	}
-	if body, err = decodeSymbols(mant, uint(x.Mant), nil, nil, nil, body, s); err != nil {
+	if body, err = decodeSymbols(mant, uint(x.Mant), nil, nil, role, nil, body, s); err != nil {
 		return nil, nil, err
 	}
-	return take(body, planes.PackedLen(len(sym), x.Rest))
+	return takeBits(body, len(sym)*int(x.Rest))
 }
 
-// decodeSymbols decodes one plane. Where it is the first of a pair, the second is decoded too, but for its patches; where
-// it is the second (pair nil), those are all that is left to do.
-func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, pair *rans.PairOf, body []byte, s *Scratch) ([]byte, error) {
+// The part a plane may play: that of a symbol plane with mantissas can be the first of a pair, whose stream holds both;
+// the second then has nothing but its patches.
+type planeRole int
+
+const (
+	alone planeRole = iota
+	firstOfPair
+	secondOfPair
+)
+
+// decodeSymbols decodes one plane, and the values of the second of a pair with the first.
+func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, role planeRole, pair *rans.PairOf, body []byte,
+	s *Scratch) ([]byte, error) {
 	head, body, err := take(body, planeHead)
 	if err != nil {
 		return nil, err
 	}
 	kind, patches, size := head[0], int(binary.LittleEndian.Uint16(head[2:])), int64(binary.LittleEndian.Uint32(head[4:]))
-	if kind >= endPlane || head[1] != 0 || patches > 0 && (kind == planeRaw || kind == planeZstd) {
+	if kind >= endPlane || head[1] != 0 || patches > 0 && (kind == planeRaw || kind == planeZstd) ||
+		kind == planePaired && role == alone || kind != planePaired && role == secondOfPair {
 		return nil, corrupt("kind %d of a plane", kind)
 	}
 	if size > int64(len(body)) && kind != planeConstant {
@@ -278,7 +311,7 @@ func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes [
 			sym[i] = uint16(size)
 		}
 	case planePaired, planeRANS:
-		if kind == planePaired && pair == nil { // decoded with its first
+		if role == secondOfPair { // decoded with its first
 			if size != 0 {
 				return nil, corrupt("second plane of a pair with %d words", size)
 			}
@@ -324,7 +357,7 @@ func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes [
 }
 
 // decodeDiff decodes a block of differences to a base.
-func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
+func (f *Format) decodeDiff(dst, body, base []byte, last bool, s *Scratch) error {
 	if len(base) != len(dst) {
 		return errorf(Internal, "base of %d bytes for a block of %d", len(base), len(dst))
 	}
@@ -335,7 +368,7 @@ func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
 	if len(f.sym[0].tables) > 0 {
 		tables = f.sym[0].expand()
 	}
-	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), nil, body, s)
+	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), alone, nil, body, s)
 	if err != nil {
 		return err
 	}
@@ -346,7 +379,7 @@ func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
 		}
 		total += max(int(b)-1, 0)
 	}
-	raw, body, err := take(body, (total+7)/8)
+	raw, body, err := takeBits(body, total)
 	if err != nil {
 		return err
 	}
@@ -363,7 +396,7 @@ func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) error {
 		}
 	}
 	planes.Store(dst, words, f.word, 0)
-	return zeroPadding(body)
+	return zeroPadding(body, last)
 }
 
 // baseClasses looks up the class of every word of the base: by its top eight bits after the sign, the exponent of most
@@ -456,7 +489,7 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 		dst = append(dst, raw...)
 	}
 	if whole {
-		s.stream = s.zstdEncode(s.stream[:0], raw, level)
+		s.stream = zstdEncode(s.stream[:0], raw, level)
 		if blockHead+4+len(s.stream) < size {
 			dst = append(dst[:start], blockZstd, 0, 0, 0)
 			dst = binary.LittleEndian.AppendUint32(dst, uint32(len(s.stream)))
@@ -530,7 +563,7 @@ func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encode
 		for i, v := range sym {
 			raw[i] = uint8(v)
 		}
-		s.stream = s.zstdEncode(s.stream[:0], raw, level)
+		s.stream = zstdEncode(s.stream[:0], raw, level)
 		if len(s.stream) < best {
 			kind = planeZstd
 		}
@@ -719,13 +752,13 @@ func (f *Format) differences(words, base []uint64, sym []uint16) {
 	}
 }
 
-// appendBlock encodes a block of a group, decodes it again and compares.
-func (e *Encoding) appendBlock(dst []byte, group int, raw, base []byte, s *Scratch) ([]byte, indexItem, error) {
+// appendBlock encodes block i, decodes it again and compares.
+func (e *Encoding) appendBlock(dst []byte, i int, raw, base []byte, s *Scratch) ([]byte, indexItem, error) {
 	start := len(dst)
-	dst = e.encodeBlock(dst, group, raw, base, e.plans, e.whole, e.level, s)
+	dst = e.encodeBlock(dst, i/GroupBlocks, raw, base, e.plans, e.whole, e.level, s)
 	block := dst[start:]
 	s.check = slices.Grow(s.check[:0], len(raw))[:len(raw)]
-	if err := e.decodeBlock(group, s.check, block, base, s); err != nil {
+	if err := e.decodeBlock(i, s.check, block, base, s); err != nil {
 		return nil, indexItem{}, errorf(Internal, "block does not decode after encoding: %s", err)
 	}
 	if string(s.check) != string(raw) {

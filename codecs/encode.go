@@ -93,9 +93,15 @@ func (e *Encoding) GroupBytes(g int) int64 {
 // HeadLen is the length of the head, known before any block is encoded.
 func (e *Encoding) HeadLen() int { return e.headLen }
 
-// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a field.
+// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a model.
 func MaxHead(bytes int64) int64 {
-	return 99 + min(bytes/8, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/4096
+	return 1024 + min(bytes, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/4096
+}
+
+// MinHead is the least head of a tensor of the dtype and so many bytes: its index of blocks.
+func MinHead(d DType, bytes int64) int64 {
+	per := int64(BlockWords * dtypes[d].word)
+	return fixedHead + indexEntry*((bytes-1)/per+1)
 }
 
 // Index collects what the groups of a payload report.
@@ -114,7 +120,7 @@ func (e *Encoding) AppendGroup(dst []byte, g int, s *Scratch) ([]byte, Index, er
 			return nil, index, err
 		}
 		var item indexItem
-		if dst, item, err = e.appendBlock(dst, g, raw, base, s); err != nil {
+		if dst, item, err = e.appendBlock(dst, b, raw, base, s); err != nil {
 			return nil, index, fmt.Errorf("block %d: %w", b, err)
 		}
 		index.items = append(index.items, item)
@@ -414,9 +420,9 @@ func (e *Encoding) count(upper planes.Field, lowBytes int) ([]*hist, error) {
 			if err != nil {
 				return err
 			}
-			shift, mask := upper.Shift+upper.Rest, uint64(1)<<upper.Sym-1
+			shift, mask := (upper.Shift+upper.Rest)&63, uint64(1)<<upper.Sym-1
 			for _, w := range words {
-				h.top[w>>shift&mask]++
+				h.top[w>>shift&mask%(1<<topBits)]++
 			}
 			for i := range lowBytes {
 				for _, w := range words {
@@ -775,7 +781,11 @@ func (e *Encoding) sample() error {
 			one[i][1] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, true, trialLevel, s))
 			gain += one[i][0] - one[i][1]
 		}
-		whole := blockHead + 4 + len(s.zstdEncode(nil, raw, trialLevel))
+		whole := blockHead + len(raw)
+		// Most weights are noise to zstd: a first part says so.
+		if part := raw[:min(len(raw), 1<<15)]; len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10 {
+			whole = blockHead + 4 + len(zstdEncode(nil, raw, trialLevel))
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		for i := range sizes {

@@ -225,7 +225,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		return nil, corrupt("words of %d bytes for dtype %s", f.word, d)
 	case f.words > uint64(rawBytes) || f.words*uint64(f.word) != uint64(rawBytes):
 		return nil, corrupt("%d words of %d bytes are not %d bytes", f.words, f.word, rawBytes)
-	case nFields > maxFields, f.transform == BaseDiff && nFields != 0:
+	case nFields > maxFields, f.transform == BaseDiff && nFields != 0, nFields == 0 && f.transform != BaseDiff && f.transform != Plain:
 		return nil, corrupt("%d fields", nFields)
 	case (f.transform == Palette) != (nPalette > 0), nPalette > maxPalette:
 		return nil, corrupt("palette of %d words", nPalette)
@@ -233,7 +233,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		return nil, corrupt("rows of %d words", f.param)
 	case f.transform == Half && f.word != 4:
 		return nil, corrupt("narrowed words of %d bytes", f.word)
-	case f.shift > 0 && f.transform != Plain && f.transform != Half, uint(f.shift) >= min(uint(8*f.word), 64),
+	case f.shift > 0 && (f.transform != Plain && f.transform != Half || nFields == 0), uint(f.shift) >= min(uint(8*f.word), 64),
 		f.transform == Half && f.shift >= 16:
 		return nil, corrupt("shift of %d bits", f.shift)
 	}
@@ -243,6 +243,11 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 	}
 	index := head[fixedHead+len(body):]
 	n := f.blocks()
+	for _, b := range index[indexEntry*n:] {
+		if b != 0 {
+			return nil, corrupt("padding of the head is not zero")
+		}
+	}
 	p.offset, p.hash = make([]int64, n+1), make([]uint64, n)
 	at := p.headLen
 	for i := range n {
@@ -350,6 +355,9 @@ func (f *Format) parseModel(src []byte, n int, symBits uint, byClass bool) (*mod
 		t, rest, err := rans.ParseTable(src, symBits)
 		if err != nil {
 			return nil, nil, corrupt("%s", err)
+		}
+		if byClass && len(t.Value) > rans.AliasSymbols {
+			return nil, nil, corrupt("table of %d symbols by class", len(t.Value))
 		}
 		m.tables, src = append(m.tables, t), rest
 	}

@@ -379,8 +379,12 @@ func (c *container) checkEntry(x *headerTensor) (*entry, error) {
 		return nil, failf(Corrupt, "checksum %q", extra.Checksum)
 	}
 	e.head = int64(extra.Head)
-	if extra.Head > x.Compressed || extra.Head < codecs.HeadFixed || x.Compressed%codecs.Align != 0 {
+	if extra.Head > x.Compressed || x.Compressed%codecs.Align != 0 {
 		return nil, failf(Corrupt, "payload of %d bytes with a head of %d", x.Compressed, extra.Head)
+	}
+	// The head is what a reader allocates, and it bounds what a payload can decode to.
+	if least, most := codecs.MinHead(d, e.bytes), codecs.MaxHead(e.bytes); e.head < least || e.head > most {
+		return nil, failf(Corrupt, "head of %d bytes for a tensor of %d: it takes %d to %d", e.head, e.bytes, least, most)
 	}
 	if extra.BaseMD5 != "" {
 		sum, ok := parseMD5(extra.BaseMD5)
