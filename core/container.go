@@ -435,27 +435,11 @@ func (c *container) readSection(s headerSection) error {
 	if c.source, err = unpackSection(b); err != nil {
 		return err
 	}
-	src, err := parseSource(c.source, sourceEnd(c.source))
+	src, err := c.sourceLayout()
 	if err != nil {
 		return failf(Corrupt, "section %q: %s", s.Kind, err)
 	}
 	return c.checkSource(src)
-}
-
-// sourceEnd is the length of the data section that a safetensors header claims: the highest data offset. What it claims
-// is then checked against the entries.
-func sourceEnd(prefix []byte) int64 {
-	var all map[string]struct {
-		Offsets [2]uint64 `json:"data_offsets"`
-	}
-	end := uint64(0)
-	if len(prefix) < 8 || json.Unmarshal(prefix[8:], &all) != nil {
-		return 0
-	}
-	for _, x := range all {
-		end = max(end, x.Offsets[1])
-	}
-	return int64(min(end, 1<<62))
 }
 
 // checkSource makes sure that the source's header and ours tell of the same tensors.
@@ -475,7 +459,10 @@ func (c *container) checkSource(src *source) error {
 
 // sourceLayout is the parsed header of the source file.
 func (c *container) sourceLayout() (*source, error) {
-	return parseSource(c.source, sourceEnd(c.source))
+	if len(c.source) < 8 {
+		return nil, failf(Corrupt, "source header of %d bytes", len(c.source))
+	}
+	return parseSource(c.source, -1)
 }
 
 // A section's content is u32 length of a zstd frame, u32 length of its content, the frame, zeros.

@@ -56,9 +56,13 @@ func readSource(r io.ReaderAt, size int64) (*source, error) {
 	return parseSource(prefix, size-int64(len(prefix)))
 }
 
-// parseSource parses a header followed by data bytes.
+// parseSource parses a header followed by data bytes, or, where that is negative, by as many as its tensors need.
 func parseSource(prefix []byte, data int64) (*source, error) {
 	s := &source{prefix: prefix}
+	limit := uint64(data)
+	if data < 0 {
+		limit = 1 << 62
+	}
 	d := jsontext.NewDecoder(strings.NewReader(string(prefix[8:])))
 	bad := func(err error) error {
 		return failf(InvalidArgument, "not a safetensors file: header is no proper JSON: %s", err)
@@ -98,7 +102,7 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 		if !ok || dt.Source() != x.DType {
 			return nil, &Error{Status: UnsupportedFeature, Tensor: name, Msg: "dtype " + x.DType + " is unknown to this version"}
 		}
-		if x.Offsets[0] > x.Offsets[1] || x.Offsets[1] > uint64(data) {
+		if x.Offsets[0] > x.Offsets[1] || x.Offsets[1] > limit {
 			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: failf(0,
 				"data_offsets [%d, %d] with %d data bytes in the file", x.Offsets[0], x.Offsets[1], data).Msg}
 		}
@@ -132,7 +136,7 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 		}
 		end = t.End
 	}
-	if end != data {
+	if data >= 0 && end != data {
 		return nil, failf(InvalidArgument, "tensors end at byte %d of %d data bytes: the file is incomplete or has bytes too many", end, data)
 	}
 	return s, nil
