@@ -93,6 +93,9 @@ func reading(r *C.bs_reader, e *C.bs_error, f func(*core.Reader) error) C.int32_
 	})
 }
 
+// maxItems bounds the length of a caller's list, before anything of that size is allocated.
+const maxItems = 1 << 26
+
 // index makes an index of a caller's, which core checks further.
 func index(i C.uint64_t) int { return int(min(uint64(i), math.MaxInt)) }
 
@@ -129,7 +132,7 @@ func go_reader_describe(r *C.bs_reader, i C.uint64_t, out *C.bs_tensor, e *C.bs_
 		if out == nil {
 			return invalid("tensor is NULL")
 		}
-		if err := sized(out.size, unsafe.Sizeof(*out), "bs_tensor"); err != nil {
+		if err := sized(nil, out.size, unsafe.Sizeof(*out), "bs_tensor"); err != nil {
 			return err
 		}
 		t, err := r.Tensor(index(i))
@@ -222,8 +225,8 @@ func go_reader_decode_many(r *C.bs_reader, items *C.bs_decode_item, n C.size_t, 
 		if err != nil {
 			return err
 		}
-		if n > 0 && items == nil {
-			return invalid("items is NULL")
+		if n > 0 && items == nil || n > maxItems {
+			return invalid("%d items at %p", n, items)
 		}
 		list := make([]core.Item, n)
 		for k, it := range unsafe.Slice(items, int(n)) {
@@ -254,12 +257,16 @@ func go_writer_open(name *C.char, specs *C.bs_tensor_spec, n C.size_t, metadata 
 			if err != nil {
 				return nil, err
 			}
-			if n > 0 && specs == nil {
-				return nil, invalid("specs is NULL")
+			if n > 0 && specs == nil || n > maxItems {
+				return nil, invalid("%d specs at %p", n, specs)
 			}
 			list := make([]core.Spec, n)
-			for k, s := range unsafe.Slice(specs, int(n)) {
-				if list[k], err = spec(&s); err != nil {
+			for k := range list { // a caller's struct may be longer than ours: its size is the stride
+				s := (*C.bs_tensor_spec)(unsafe.Add(unsafe.Pointer(specs), uintptr(k)*uintptr(specs.size)))
+				if s.size != specs.size {
+					return nil, invalid("spec %d has the size %d, the first one %d", k, s.size, specs.size)
+				}
+				if list[k], err = spec(s); err != nil {
 					return nil, err
 				}
 			}
@@ -270,7 +277,7 @@ func go_writer_open(name *C.char, specs *C.bs_tensor_spec, n C.size_t, metadata 
 }
 
 func spec(s *C.bs_tensor_spec) (core.Spec, error) {
-	if err := sized(s.size, unsafe.Sizeof(*s), "bs_tensor_spec"); err != nil {
+	if err := sized(unsafe.Pointer(s), s.size, unsafe.Sizeof(*s), "bs_tensor_spec"); err != nil {
 		return core.Spec{}, err
 	}
 	name, err := text(s.name, "name of a tensor")
@@ -394,7 +401,7 @@ func go_decompress(src, dst *C.char, o *C.bs_decompress_options, j *C.bs_job, ou
 		var opts core.Options
 		base := ""
 		if o != nil {
-			if err := sized(o.size, unsafe.Sizeof(*o), "bs_decompress_options"); err != nil {
+			if err := sized(unsafe.Pointer(o), o.size, unsafe.Sizeof(*o), "bs_decompress_options"); err != nil {
 				return core.Result{}, err
 			}
 			if err := flags(o.flags, &opts); err != nil {
@@ -424,7 +431,7 @@ func go_verify(name, source, base *C.char, j *C.bs_job, out *C.bs_verify_result,
 		if out == nil {
 			return invalid("result is NULL")
 		}
-		if err := sized(out.size, unsafe.Sizeof(*out), "bs_verify_result"); err != nil {
+		if err := sized(nil, out.size, unsafe.Sizeof(*out), "bs_verify_result"); err != nil {
 			return err
 		}
 		rep, err := core.Verify(p, optional(source), optional(base), job)

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -65,7 +66,7 @@ func report(e *C.bs_error, err error) C.int32_t {
 	x := core.AsError(err)
 	if e != nil {
 		e.status, e.os_error = C.int32_t(x.Status), C.int32_t(x.Errno())
-		text := x.Error()
+		text := strings.ToValidUTF8(x.Error(), "?")
 		room := len(e.text) - 1
 		if len(text) > room { // cut between characters
 			for room > 0 && text[room]&0xc0 == 0x80 {

@@ -70,10 +70,18 @@ func put(b []byte, dst *C.char, room C.size_t, n *C.size_t) error {
 	return err
 }
 
-// sized checks the size member that begins a caller's struct.
-func sized(have C.size_t, want uintptr, what string) error {
-	if uintptr(have) < want {
+// sized checks the size member that begins a caller's struct. What a longer one asks for beyond what is known here (p not
+// nil: it is read, not written) must be zero.
+func sized(p unsafe.Pointer, have C.size_t, want uintptr, what string) error {
+	if uintptr(have) < want || have > 1<<16 {
 		return invalid("%s.size is %d, the struct has %d bytes: set it to sizeof", what, have, want)
+	}
+	if p != nil {
+		for _, b := range unsafe.Slice((*byte)(p), int(have))[want:] {
+			if b != 0 {
+				return invalid("%s has members that this library, version %s, does not know", what, core.Version)
+			}
+		}
 	}
 	return nil
 }
@@ -82,7 +90,7 @@ func jobOf(j *C.bs_job) (*core.Job, error) {
 	if j == nil {
 		return nil, nil
 	}
-	if err := sized(j.size, unsafe.Sizeof(*j), "bs_job"); err != nil {
+	if err := sized(unsafe.Pointer(j), j.size, unsafe.Sizeof(*j), "bs_job"); err != nil {
 		return nil, err
 	}
 	if j.workers < 0 || j.reserved != 0 {
@@ -104,7 +112,7 @@ func compressOptions(o *C.bs_compress_options) (opts core.Options, err error) {
 	if o == nil {
 		return opts, nil
 	}
-	if err := sized(o.size, unsafe.Sizeof(*o), "bs_compress_options"); err != nil {
+	if err := sized(unsafe.Pointer(o), o.size, unsafe.Sizeof(*o), "bs_compress_options"); err != nil {
 		return opts, err
 	}
 	if o.mode < 0 || o.mode >= C.int32_t(codecs.EndMode) {
@@ -127,5 +135,5 @@ func checkResult(out *C.bs_result) error {
 	if out == nil {
 		return nil
 	}
-	return sized(out.size, unsafe.Sizeof(*out), "bs_result")
+	return sized(nil, out.size, unsafe.Sizeof(*out), "bs_result")
 }

@@ -191,7 +191,7 @@ func (f *Format) direct() bool {
 
 // zeroPadding checks what follows the content of a block: up to 7 zeros, and in the last block those that pad the payload.
 func zeroPadding(b []byte, last bool) error {
-	if len(b) >= 8 && !last || len(b) >= Align+8 {
+	if len(b) >= 8 && !last || len(b) >= Align {
 		return corrupt("%d bytes too many in a block", len(b))
 	}
 	for _, v := range b {

@@ -83,6 +83,9 @@ func (d DType) Bits() int { return dtypes[d].bits }
 // WordBytes is the size of what is coded as one number: a value, half a complex number, or a byte of packed values.
 func (d DType) WordBytes() int { return dtypes[d].word }
 
+// IsFloat reports whether values are floats with a sign.
+func (d DType) IsFloat() bool { return dtypes[d].sign }
+
 // ParseDType finds a dtype by torch's name or by the name safetensors has for it.
 func ParseDType(name string) (DType, bool) {
 	for d := Bool; d < endDType; d++ {

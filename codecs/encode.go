@@ -257,7 +257,7 @@ type narrow struct {
 	distinct []uint64 // ascending; more than maxPalette means too many
 }
 
-func (a *narrow) look(words []uint64, size int) {
+func (a *narrow) look(words []uint64) {
 	for _, w := range words {
 		a.or |= w
 	}
@@ -313,7 +313,7 @@ func (e *Encoding) scanNarrow(exp uint) (narrow, error) {
 			return err
 		}
 		one := start()
-		one.look(words, e.word)
+		one.look(words)
 		mu.Lock()
 		defer mu.Unlock()
 		all.or |= one.or
@@ -552,10 +552,7 @@ func (e *Encoding) chooseField(exp uint, upper planes.Field, sets func(planes.Fi
 func (e *Encoding) addField(f planes.Field, sets [][]uint64, alphabet int) {
 	tables, _, cost := cluster(sets, alphabet)
 	p := plan{rans: len(tables) > 0}
-	rawBits := e.words * uint64(min(f.Sym, 8)) * rans.LogOne
-	if f.Sym == 8 {
-		rawBits = e.words * 8 * rans.LogOne
-	}
+	rawBits := e.words * 8 * rans.LogOne
 	if f.Sym <= 8 && cost+uint64(e.blocks())*rans.StateBytes*8*rans.LogOne >= rawBits*995/1000 && e.constantCost(sets) > rawBits {
 		tables, cost, p.rans = nil, e.words*8*rans.LogOne, false
 	}

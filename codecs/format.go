@@ -181,7 +181,6 @@ type Payload struct {
 	headLen int64
 	offset  []int64 // of each block, and the end
 	hash    []uint64
-	bytes   int64 // decoded
 }
 
 // HeadFixed is how much of a head must be read to know with HeadLen how long it is.
@@ -208,7 +207,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 	if len(head) < fixedHead || HeadLen(head) != int64(len(head)) {
 		return nil, corrupt("head of %d bytes does not have the length its fields say", len(head))
 	}
-	p := &Payload{headLen: int64(len(head)), bytes: rawBytes}
+	p := &Payload{headLen: int64(len(head))}
 	f := &p.Format
 	f.float = dtypes[d].sign
 	f.transform, f.shift, f.word = Transform(head[0]), head[1], int(head[2])
@@ -237,6 +236,9 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		f.transform == Half && f.shift >= 16:
 		return nil, corrupt("shift of %d bits", f.shift)
 	}
+	if binary.LittleEndian.Uint32(head[20:])%4 != 0 {
+		return nil, corrupt("index at a byte that is no multiple of 4")
+	}
 	body := head[fixedHead : fixedHead+int(binary.LittleEndian.Uint32(head[20:]))]
 	if err := f.parseBody(body, nFields, nPalette); err != nil {
 		return nil, err
@@ -254,7 +256,8 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		p.offset[i] = at
 		length := int64(binary.LittleEndian.Uint32(index[indexEntry*i:]))
 		p.hash[i] = binary.LittleEndian.Uint64(index[indexEntry*i+4:])
-		if length < blockHead || length%8 != 0 || length > payloadLen-at {
+		raw := min(p.BlockBytes(), rawBytes-int64(i)*p.BlockBytes())
+		if length < blockHead || length%8 != 0 || length > blockHead+raw+Align+8 || length > payloadLen-at {
 			return nil, corrupt("block %d of %d has length %d with %d bytes left", i, n, length, payloadLen-at)
 		}
 		at += length
@@ -315,13 +318,6 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 		if f.transform == BaseDiff {
 			if h[0]|h[1]|h[2]|h[3]|h[4]|h[6]|h[7] != 0 {
 				return corrupt("reserved bytes of the head are not zero")
-			}
-			if len(m.tables) > 0 && m.tables[len(m.tables)-1] != nil {
-				for _, t := range m.tables {
-					if int(t.Value[len(t.Value)-1]) > 8*f.word {
-						return corrupt("differences of %d bits", t.Value[len(t.Value)-1])
-					}
-				}
 			}
 			continue
 		}

@@ -15,12 +15,13 @@ import (
 
 // base is the model that a delta is a difference to: `.safetensors` files or a `.bs` Reader.
 type base struct {
-	path   string
-	reader *Reader
-	files  []*os.File
-	mu     sync.Mutex
-	plain  map[string]*baseTensor // of safetensors files
-	seen   map[string]*baseTensor
+	path     string
+	reader   *Reader
+	files    []*os.File
+	mu       sync.Mutex
+	plain    map[string]*baseTensor // of safetensors files
+	prefixes [][]byte               // and their headers
+	seen     map[string]*baseTensor
 }
 
 // baseTensor gives the bytes of one tensor of the base.
@@ -28,8 +29,9 @@ type baseTensor struct {
 	name  string
 	dtype codecs.DType
 	bytes int64
-	src   io.ReaderAt // of the raw bytes; nil where p is set
-	p     *payload
+	src   io.ReaderAt // of the raw bytes; nil where it is in
+	in    *Reader     // a .bs file, as
+	at    tensor
 	once  sync.Once
 	md5   [16]byte
 	err   error
@@ -66,7 +68,7 @@ func openBase(path string) (*base, error) {
 
 // isSafetensors looks at the first bytes rather than at the name.
 func isSafetensors(path string) bool {
-	f, err := os.Open(path)
+	f, _, err := openRegular(path)
 	if err != nil {
 		return false
 	}
@@ -81,22 +83,19 @@ func globQuote(path string) string {
 }
 
 func (b *base) addPlain(name string) error {
-	f, err := os.Open(name)
+	f, info, err := openRegular(name)
 	if err != nil {
 		return err
 	}
 	b.files = append(b.files, f)
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
 	src, err := readSource(f, info.Size())
 	if err != nil {
 		return err
 	}
+	b.prefixes = append(b.prefixes, src.prefix)
 	for _, t := range src.tensors {
 		if _, twice := b.plain[t.Name]; twice {
-			return &Error{Status: InvalidArgument, Tensor: t.Name, Msg: "another file of the base model holds a tensor of that name too"}
+			return &Error{Status: InvalidArgument, Tensor: t.Name, Msg: "another file beside it holds a tensor of that name too: name one of the files"}
 		}
 		n := t.End - t.Begin
 		b.plain[t.Name] = &baseTensor{name: t.Name, dtype: t.DType, bytes: n,
@@ -128,13 +127,7 @@ func (b *base) find(name string, d codecs.DType, bytes int64) (*baseTensor, erro
 			return nil, nil
 		}
 		p := b.reader.tensors[i]
-		t = &baseTensor{name: name, dtype: p.entry.dtype, bytes: p.entry.bytes, md5: p.entry.md5, known: true}
-		if t.bytes > 0 {
-			var err error
-			if t.p, err = b.reader.openPayload(p); err != nil {
-				return nil, err
-			}
-		}
+		t = &baseTensor{name: name, dtype: p.entry.dtype, bytes: p.entry.bytes, md5: p.entry.md5, known: true, in: b.reader, at: p}
 		b.seen[name] = t
 	}
 	if t == nil || t.dtype != d || t.bytes != bytes {
@@ -152,7 +145,7 @@ func (b *base) has(name string, d codecs.DType, bytes int64) error {
 }
 
 // tensor is find, and makes sure that the base's bytes are those that differences were taken to.
-func (b *base) tensor(name string, d codecs.DType, bytes int64, want *[16]byte) (*baseTensor, error) {
+func (b *base) tensor(name string, d codecs.DType, bytes int64, want *[16]byte, p *pool) (*baseTensor, error) {
 	if err := b.has(name, d, bytes); err != nil {
 		return nil, err
 	}
@@ -160,7 +153,7 @@ func (b *base) tensor(name string, d codecs.DType, bytes int64, want *[16]byte) 
 	if err != nil {
 		return nil, err
 	}
-	sum, err := t.identity()
+	sum, err := t.identity(p)
 	if err != nil {
 		return nil, err
 	}
@@ -171,18 +164,14 @@ func (b *base) tensor(name string, d codecs.DType, bytes int64, want *[16]byte) 
 }
 
 // identity is the MD5 of the tensor's bytes.
-func (t *baseTensor) identity() ([16]byte, error) {
+func (t *baseTensor) identity(p *pool) ([16]byte, error) {
 	t.once.Do(func() {
 		if t.known {
 			return
 		}
 		h := md5.New()
-		n, err := io.CopyBuffer(h, onlyReader{io.NewSectionReader(t.src, 0, t.bytes)}, make([]byte, 1<<20))
-		if err == nil && n != t.bytes {
-			err = io.ErrUnexpectedEOF
-		}
+		t.err = p.copy(h, t.src, t.bytes)
 		copy(t.md5[:], h.Sum(nil))
-		t.err = err
 	})
 	return t.md5, t.err
 }
@@ -199,7 +188,7 @@ var scratches = sync.Pool{New: func() any { return codecs.NewScratch() }}
 
 // ReadAt makes the tensor's bytes a source.
 func (t *baseTensor) ReadAt(dst []byte, off int64) (int, error) {
-	if t.p == nil {
+	if t.in == nil {
 		n, err := t.src.ReadAt(dst, off)
 		if n == len(dst) {
 			err = nil
@@ -210,8 +199,12 @@ func (t *baseTensor) ReadAt(dst []byte, off int64) (int, error) {
 	if n > 0 {
 		s := scratches.Get().(*codecs.Scratch)
 		defer scratches.Put(s)
-		per := t.p.BlockBytes()
-		if err := t.p.decode(int(off/per), int((off+n+per-1)/per), off, off+n, dst[:n], s); err != nil {
+		p, err := t.in.cached(t.at)
+		if err != nil {
+			return 0, err
+		}
+		per := p.BlockBytes()
+		if err := p.decode(int(off/per), int((off+n+per-1)/per), off, off+n, dst[:n], s); err != nil {
 			return 0, err
 		}
 	}

@@ -2,6 +2,7 @@ package core
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -34,6 +35,9 @@ func compress(src, basePath, dst string, opts Options, p *pool) (Result, error) 
 		return compressTree(src, basePath, dst, opts, p)
 	}
 	p.total(info.Size())
+	if err := notTheBase(dst, basePath); err != nil {
+		return Result{}, err
+	}
 	var b *base
 	if basePath != "" {
 		if b, err = openBase(basePath); err != nil {
@@ -61,6 +65,26 @@ func baseName(path string) string {
 	return filepath.Base(filepath.Dir(abs)) // model.safetensors says nothing, its directory does
 }
 
+// openRegular opens a file that is one: to open a FIFO would wait for its other end.
+func openRegular(path string) (*os.File, os.FileInfo, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, nil, inFile(err, path)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, nil, &Error{Status: InvalidArgument, File: path, Msg: "is no regular file"}
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, inFile(err, path)
+	}
+	if info, err = f.Stat(); err != nil {
+		f.Close()
+		return nil, nil, inFile(err, path)
+	}
+	return f, info, nil
+}
+
 // sameFile reports whether both paths lead to one file.
 func sameFile(a, b string) bool {
 	x, err1 := os.Stat(a)
@@ -68,47 +92,70 @@ func sameFile(a, b string) bool {
 	return err1 == nil && err2 == nil && os.SameFile(x, y)
 }
 
+// notTheBase refuses a target that is the base of a delta or lies within it: without its base nothing of a delta is left.
+func notTheBase(dst, basePath string) error {
+	if basePath == "" {
+		return nil
+	}
+	if sameFile(dst, basePath) || within(dst, basePath) || within(basePath, dst) {
+		return failf(InvalidArgument, "%s is the base %s, or one lies within the other: choose another target", dst, basePath)
+	}
+	return nil
+}
+
 // compressFile compresses one file. shared and shard tie it to its siblings; see ties.
 func compressFile(src, dst string, b *base, opts Options, shared ties, shard string, p *pool) (res Result, err error) {
 	if sameFile(src, dst) {
 		return res, failf(InvalidArgument, "%s and %s are the same file", src, dst)
 	}
-	f, err := os.Open(src)
+	f, before, err := openRegular(src)
 	if err != nil {
-		return res, inFile(err, src)
+		return res, err
 	}
 	defer f.Close()
-	before, err := f.Stat()
-	if err != nil {
-		return res, inFile(err, src)
-	}
-	if !before.Mode().IsRegular() {
-		return res, failf(InvalidArgument, "%s is no regular file", src)
-	}
 	layout, err := readSource(f, before.Size())
 	if err != nil {
 		return res, inFile(err, src)
 	}
-	name := ""
+	name, matched, floats := "", 0, 0
 	items := make([]*item, len(layout.tensors))
 	for i, t := range layout.tensors {
-		items[i] = &item{spec: t, src: io.NewSectionReader(f, int64(len(layout.prefix))+t.Begin, t.End-t.Begin)}
+		items[i] = &item{n: i, spec: t, src: io.NewSectionReader(f, int64(len(layout.prefix))+t.Begin, t.End-t.Begin)}
 		if b == nil || t.Begin == t.End {
 			continue
+		}
+		float := t.DType.IsFloat()
+		if float {
+			floats++
 		}
 		if items[i].base, err = b.find(t.Name, t.DType, t.End-t.Begin); err != nil {
 			return res, err
 		}
 		if items[i].base != nil {
-			if _, err = items[i].base.identity(); err != nil {
-				return res, inFile(err, b.path)
+			if float {
+				matched++
 			}
 		}
 	}
 	if b != nil {
 		name = baseName(b.path)
+		if floats > 0 && matched == 0 {
+			return res, &Error{Status: WrongBase, File: src, Msg: fmt.Sprintf("none of its %d float tensors has the name, dtype and size of one in %s: it is another model", floats, b.path)}
+		}
 	}
-	w, err := newWriter(dst, layout, name, opts, shared, shard)
+	if b != nil {
+		err := p.run(len(items), func(i int, _ *codecs.Scratch) error {
+			if items[i].base == nil {
+				return nil
+			}
+			_, err := items[i].base.identity(p)
+			return inFile(err, b.path)
+		})
+		if err != nil {
+			return res, err
+		}
+	}
+	w, err := newWriter(dst, before.Mode(), layout, name, opts, shared, shard)
 	if err != nil {
 		return res, inFile(err, dst)
 	}
@@ -118,13 +165,14 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 			w.tmp.abandon()
 		}
 	}()
+	p.done(int64(len(layout.prefix)))
 	if err := w.put(items, p); err != nil {
 		return res, inFile(err, src)
 	}
 	var sum []byte
 	if opts.SHA256 {
 		h := sha256.New()
-		if _, err := io.CopyBuffer(h, onlyReader{io.NewSectionReader(f, 0, before.Size())}, make([]byte, 1<<20)); err != nil {
+		if err := p.copy(h, f, before.Size()); err != nil {
 			return res, inFile(err, src)
 		}
 		sum = h.Sum(nil)
@@ -136,8 +184,8 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) {
 		return res, &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
 	}
+	published = true // finish abandons it where it fails
 	n, err := w.finish(sum)
-	published = true // or abandoned by publish
 	if err != nil {
 		return res, inFile(err, dst)
 	}
@@ -229,7 +277,7 @@ func newTree(src, dst string, force bool, build func(tmp string) error) error {
 			return err
 		}
 		if old = true; len(entries) > 0 && !force {
-			return &Error{Status: IO, File: dst, Msg: "exists and is not empty: remove it, or use force to replace it", Err: os.ErrExist}
+			return &Error{Status: IO, File: dst, Msg: "exists and is not empty: remove it, or replace it by force", Err: os.ErrExist}
 		}
 	}
 	parent, name := filepath.Split(filepath.Clean(dst))
@@ -241,7 +289,9 @@ func newTree(src, dst string, force bool, build func(tmp string) error) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	if err := os.Chmod(tmp, 0o755); err != nil {
+	if info, err := os.Stat(src); err != nil {
+		return err
+	} else if err := os.Chmod(tmp, info.Mode().Perm()|0o700); err != nil {
 		return err
 	}
 	if err := build(tmp); err != nil {
@@ -253,21 +303,16 @@ func newTree(src, dst string, force bool, build func(tmp string) error) error {
 			return err
 		}
 		if err := os.Rename(tmp, dst); err != nil {
-			return errorsJoin(err, os.Rename(aside, dst))
+			return errors.Join(err, os.Rename(aside, dst))
 		}
+		syncDir(dst)
 		return os.RemoveAll(aside)
 	}
 	if err := os.Rename(tmp, dst); err != nil {
 		return err
 	}
-	return syncDir(dst)
-}
-
-func errorsJoin(a, b error) error {
-	if b == nil {
-		return a
-	}
-	return fmt.Errorf("%w; and then: %s", a, b)
+	syncDir(dst)
+	return nil
 }
 
 // copyFile copies contents and permissions.
@@ -356,7 +401,15 @@ func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (
 			if err != nil {
 				return res, err
 			}
-			indexes = append(indexes, sourceIndex{filepath.Base(f), string(text)})
+			x := sourceIndex{filepath.Base(f), string(text)}
+			if _, err := x.shards(); err == nil {
+				indexes = append(indexes, x)
+				break
+			}
+			// Not an index after all: a file like any other.
+			if err := copyFile(path, filepath.Join(tmp, f)); err != nil {
+				return res, err
+			}
 		case strings.HasSuffix(f, sourceExt):
 			shards = append(shards, filepath.Base(f))
 		default:
@@ -371,6 +424,10 @@ func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (
 			return res, inFile(err, filepath.Join(t.root, dir, x.Name))
 		}
 		for _, s := range files {
+			if !slices.Contains(shards, s) {
+				return res, &Error{Status: InvalidArgument, File: filepath.Join(t.root, dir, x.Name), Msg: fmt.Sprintf(
+					"lists the shard %s, which is not there: complete the model, or remove the index", s)}
+			}
 			if _, ok := group[s]; !ok {
 				group[s] = i
 			}

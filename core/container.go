@@ -1,6 +1,7 @@
 package core
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -50,7 +51,7 @@ type header struct {
 
 type headerTensor struct {
 	Name       string       `json:"name"`
-	Shape      []uint64     `json:"shape"`
+	Shape      shape        `json:"shape"`
 	DType      string       `json:"dtype"`
 	Codec      string       `json:"codec"`
 	Special    *string      `json:"special"`
@@ -60,12 +61,52 @@ type headerTensor struct {
 	Extra      *headerExtra `json:"extra"`
 }
 
+// UnmarshalJSONFrom refuses entries too short to be one: a header of nothing but {} would grow twentyfold in memory.
+func (t *headerTensor) UnmarshalJSONFrom(d *jsontext.Decoder) error {
+	v, err := d.ReadValue()
+	if err != nil {
+		return err
+	}
+	if len(v) < 100 { // keys and MD5 alone take more
+		return errors.New("entry of a tensor is incomplete")
+	}
+	type plain headerTensor
+	return json.Unmarshal(v, (*plain)(t))
+}
+
+// shape is read with care for the same reason.
+type shape []uint64
+
+func (s *shape) UnmarshalJSONFrom(d *jsontext.Decoder) error {
+	v, err := d.ReadValue()
+	if err != nil {
+		return err
+	}
+	if n := bytes.Count(v, []byte{','}) + 1; n > MaxDims {
+		return fmt.Errorf("shape of %d dimensions; at most %d are allowed", n, MaxDims)
+	}
+	return json.Unmarshal(v, (*[]uint64)(s))
+}
+
 type headerExtra struct {
 	Head     uint64 `json:"head"`
 	Checksum string `json:"checksum"`
 	BaseMD5  string `json:"base_md5"`
 	TiedTo   string `json:"tied_to"`
 	Shard    string `json:"shard"`
+}
+
+// UnmarshalJSONFrom is that of headerTensor, for sections.
+func (s *headerSection) UnmarshalJSONFrom(d *jsontext.Decoder) error {
+	v, err := d.ReadValue()
+	if err != nil {
+		return err
+	}
+	if len(v) < 40 {
+		return errors.New("entry of a section is incomplete")
+	}
+	type plain headerSection
+	return json.Unmarshal(v, (*plain)(s))
 }
 
 type headerSection struct {
@@ -164,6 +205,9 @@ func (c *container) open() error {
 	}
 	c.data = preamble + h
 	if trailer != nil {
+		if c.data%codecs.Align != 0 {
+			return failf(Corrupt, "data begins at byte %d, which is no multiple of %d", c.data, codecs.Align)
+		}
 		if err := trailer.check(c.size, c.data, text); err != nil {
 			return err
 		}
@@ -240,7 +284,11 @@ func (c *container) checkHeader(t *trailer) error {
 	for _, x := range h.Tensors {
 		ours = ours || codecs.Known(x.Codec)
 	}
-	if ours && t == nil {
+	if !ours && t == nil && len(h.Tensors) > 0 {
+		x := h.Tensors[0]
+		return &Error{Status: UnsupportedCodec, Tensor: x.Name, Msg: failf(0, "codec %q, written by %s, is unknown to BigSmall %s", x.Codec, c.writerName(), Version).Msg}
+	}
+	if t == nil {
 		return failf(Truncated, "the file does not end with a trailer: it is incomplete or damaged at its end; fetch it again")
 	}
 	if h.Draft != nil && *h.Draft != Draft || ours && h.Draft == nil {
@@ -415,15 +463,18 @@ func (c *container) checkTie(e *entry) error {
 }
 
 func (c *container) readSection(s headerSection) error {
-	if s.Kind != sectionSource {
-		if !s.Optional {
-			return failf(UnsupportedFeature, "section %q, written by %s, is unknown to this version", s.Kind, c.writerName())
-		}
-		return nil
+	if s.Kind != sectionSource && !s.Optional {
+		return failf(UnsupportedFeature, "section %q, written by %s, is unknown to this version", s.Kind, c.writerName())
 	}
 	want, ok := parseHash(s.Checksum)
-	if !ok || c.source != nil || s.Length > maxHeader {
-		return failf(Corrupt, "section %q of %d bytes, checksum %q", s.Kind, s.Length, s.Checksum)
+	if !ok {
+		return failf(Corrupt, "section %q has the checksum %q", s.Kind, s.Checksum)
+	}
+	if s.Kind != sectionSource {
+		return nil
+	}
+	if c.source != nil || s.Length > maxHeader {
+		return failf(Corrupt, "section %q of %d bytes, or a second one", s.Kind, s.Length)
 	}
 	b, err := c.read(c.data+int64(s.Offset), int64(s.Length))
 	if err != nil {
@@ -432,7 +483,7 @@ func (c *container) readSection(s headerSection) error {
 	if got := xxh3.Hash(b); got != want {
 		return failf(Checksum, "checksum of section %q is %016x, not %016x", s.Kind, got, want)
 	}
-	if c.source, err = unpackSection(b); err != nil {
+	if c.source, err = unpackSection(b, sectionLimit(c.data)); err != nil {
 		return err
 	}
 	src, err := c.sourceLayout()
@@ -459,8 +510,8 @@ func (c *container) checkSource(src *source) error {
 
 // sourceLayout is the parsed header of the source file.
 func (c *container) sourceLayout() (*source, error) {
-	if len(c.source) < 8 {
-		return nil, failf(Corrupt, "source header of %d bytes", len(c.source))
+	if len(c.source) < 8 || binary.LittleEndian.Uint64(c.source) != uint64(len(c.source)-8) {
+		return nil, failf(Corrupt, "source header of %d bytes does not begin with its length", len(c.source))
 	}
 	return parseSource(c.source, -1)
 }
@@ -480,13 +531,21 @@ func packSection(content []byte) []byte {
 	return b
 }
 
-func unpackSection(b []byte) ([]byte, error) {
+// sectionLimit bounds the content of a section by where the data begins: a small file must not unpack to a large header.
+func sectionLimit(data int64) int64 { return 4*data + 1<<20 }
+
+func unpackSection(b []byte, limit int64) ([]byte, error) {
 	if len(b) < 8 {
 		return nil, failf(Corrupt, "section of %d bytes", len(b))
 	}
 	frame, size := binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:])
-	if int64(frame) > int64(len(b)-8) || size > maxHeader+8 {
+	if int64(frame) > int64(len(b)-8) || int64(size) > min(limit, maxHeader+8) {
 		return nil, failf(Corrupt, "section of %d bytes holds a frame of %d for %d", len(b), frame, size)
+	}
+	for _, v := range b[8+frame:] {
+		if v != 0 {
+			return nil, failf(Corrupt, "padding of a section is not zero")
+		}
 	}
 	d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderLowmem(true))
 	if err != nil {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/md5"
 	"crypto/sha256"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,12 +22,16 @@ func Decompress(src, dst, basePath string, opts Options, job *Job) (Result, erro
 	if info.IsDir() {
 		return decompressTree(src, dst, basePath, opts, p)
 	}
-	return decompressFile(src, dst, basePath, opts, p)
+	return decompressFile(src, dst, basePath, opts, true, p)
 }
 
-func decompressFile(src, dst, basePath string, opts Options, p *pool) (res Result, err error) {
+// decompressFile restores one file; total says that it is all there is to do.
+func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool) (res Result, err error) {
 	if sameFile(src, dst) {
 		return res, failf(InvalidArgument, "%s and %s are the same file", src, dst)
+	}
+	if err := notTheBase(dst, basePath); err != nil {
+		return res, err
 	}
 	r, err := Open(src, basePath)
 	if err != nil {
@@ -43,7 +46,11 @@ func decompressFile(src, dst, basePath string, opts Options, p *pool) (res Resul
 	if err := r.checkIdentities(p); err != nil {
 		return res, err
 	}
-	tmp, err := newTemporary(dst, opts.NoReplace)
+	mode := os.FileMode(0o644)
+	if info, err := os.Stat(src); err == nil {
+		mode = info.Mode()
+	}
+	tmp, err := newTemporary(dst, mode, opts.NoReplace)
 	if err != nil {
 		return res, inFile(err, dst)
 	}
@@ -61,7 +68,10 @@ func decompressFile(src, dst, basePath string, opts Options, p *pool) (res Resul
 		start[t.Name] = int64(len(layout.prefix)) + t.Begin
 	}
 	size := int64(len(layout.prefix)) + sourceSize(layout)
-	p.total(size)
+	if total {
+		p.total(size)
+	}
+	p.done(int64(len(layout.prefix)))
 	err = r.streamAll(p, func(i int, off int64, b []byte) error {
 		_, err := tmp.WriteAt(b, start[r.tensors[i].entry.name]+off)
 		return inFile(err, dst)
@@ -71,7 +81,7 @@ func decompressFile(src, dst, basePath string, opts Options, p *pool) (res Resul
 	}
 	if c.sha256 != nil {
 		h := sha256.New()
-		if _, err := io.CopyBuffer(h, onlyReader{io.NewSectionReader(tmp, 0, size)}, make([]byte, 1<<20)); err != nil {
+		if err := p.copy(h, tmp, size); err != nil {
 			return res, inFile(err, dst)
 		}
 		if sum := h.Sum(nil); !bytes.Equal(sum, c.sha256) {
@@ -98,7 +108,7 @@ func (r *Reader) checkIdentities(p *pool) error {
 	}
 	return p.run(len(need), func(i int, _ *codecs.Scratch) error {
 		e := need[i].entry
-		_, err := r.base.tensor(e.name, e.dtype, e.bytes, e.baseMD5)
+		_, err := r.base.tensor(e.name, e.dtype, e.bytes, e.baseMD5, p)
 		return at(err, need[i].file.name, e.name)
 	})
 }
@@ -192,6 +202,12 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 	if !found {
 		return res, failf(InvalidArgument, "%s holds no %s file", src, ourExt)
 	}
+	if err := notTheBase(dst, basePath); err != nil {
+		return res, err
+	}
+	if err := t.check(src, p); err != nil {
+		return res, err
+	}
 	err = newTree(src, dst, opts.Force, func(tmp string) error {
 		for _, d := range t.dirs {
 			if err := os.MkdirAll(filepath.Join(tmp, d), 0o755); err != nil {
@@ -206,7 +222,7 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 				if info, err := os.Stat(filepath.Join(basePath, filepath.Dir(f))); basePath != "" && err == nil && info.IsDir() {
 					b = filepath.Join(basePath, filepath.Dir(f))
 				}
-				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, b, Options{NoReplace: true}, p)
+				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, b, Options{NoReplace: true}, false, p)
 				if err != nil {
 					return err
 				}

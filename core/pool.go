@@ -136,10 +136,6 @@ func (r *runState) work(p *pool) {
 		if i >= r.n {
 			return
 		}
-		if p.cancelled() {
-			r.fail(i, context.Canceled)
-			return
-		}
 		if i+1 < r.n {
 			select { // one more helper, while there are tokens
 			case <-p.tokens:
@@ -151,11 +147,11 @@ func (r *runState) work(p *pool) {
 			default:
 			}
 		}
-		r.call(i, s)
+		r.call(p, i, s)
 	}
 }
 
-func (r *runState) call(i int, s *codecs.Scratch) {
+func (r *runState) call(p *pool, i int, s *codecs.Scratch) {
 	defer func() {
 		if v := recover(); v != nil {
 			r.fail(i, &PanicError{v, debug.Stack()})
@@ -163,7 +159,11 @@ func (r *runState) call(i int, s *codecs.Scratch) {
 	}()
 	// Destinations and sources may be memory a caller mapped: a page that is not there is his fault, and an error.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	if err := r.f(i, s); err != nil {
+	err := context.Canceled
+	if !p.cancelled() {
+		err = r.f(i, s)
+	}
+	if err != nil {
 		r.fail(i, err)
 	}
 }

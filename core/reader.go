@@ -69,6 +69,9 @@ func Open(path, basePath string) (*Reader, error) {
 	if err == nil {
 		err = r.index(filepath.Dir(names[0]))
 	}
+	if err == nil && info.IsDir() {
+		err = r.checkIndex(path)
+	}
 	if err == nil && basePath != "" {
 		r.base, err = openBase(basePath)
 	}
@@ -96,18 +99,11 @@ func OpenBytes(b []byte) (*Reader, error) {
 }
 
 func (r *Reader) add(name string) error {
-	f, err := os.Open(name)
+	f, info, err := openRegular(name)
 	if err != nil {
-		return inFile(err, name)
+		return err
 	}
 	r.closers = append(r.closers, f)
-	info, err := f.Stat()
-	if err != nil {
-		return inFile(err, name)
-	}
-	if !info.Mode().IsRegular() {
-		return &Error{Status: InvalidArgument, File: name, Msg: "is no regular file"}
-	}
 	c, err := openContainer(name, f, info.Size())
 	if err != nil {
 		return err
@@ -122,8 +118,8 @@ func (r *Reader) index(dir string) error {
 		for i := range c.entries {
 			e := &c.entries[i]
 			if j, twice := r.byName[e.name]; twice {
-				return &Error{Status: Corrupt, File: c.name, Tensor: e.name,
-					Msg: fmt.Sprintf("%s holds a tensor of that name too", r.tensors[j].file.name)}
+				return &Error{Status: InvalidArgument, File: c.name, Tensor: e.name,
+					Msg: fmt.Sprintf("%s holds a tensor of that name too: open one of the files by itself", r.tensors[j].file.name)}
 			}
 			r.byName[e.name] = len(r.tensors)
 			r.tensors = append(r.tensors, tensor{c, e})
@@ -135,7 +131,13 @@ func (r *Reader) index(dir string) error {
 // shardFiles are the `.bs` files of a directory: those that its index lists, else all of them.
 func shardFiles(dir string) ([]string, error) {
 	text, err := os.ReadFile(filepath.Join(dir, IndexName))
-	if errors.Is(err, os.ErrNotExist) {
+	index := &shardIndex{}
+	if err == nil {
+		if index, err = parseIndex(text); err != nil {
+			return nil, inFile(err, filepath.Join(dir, IndexName))
+		}
+	}
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(index.shards()) == 0 {
 		all, err := os.ReadDir(dir)
 		if err != nil {
 			return nil, err
@@ -147,16 +149,12 @@ func shardFiles(dir string) ([]string, error) {
 			}
 		}
 		if len(names) == 0 {
-			return nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file and no " + IndexName, Err: os.ErrNotExist}
+			return nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file itself; name the folder in it that does", Err: os.ErrNotExist}
 		}
 		return names, nil
 	}
 	if err != nil {
 		return nil, err
-	}
-	index, err := parseIndex(text)
-	if err != nil {
-		return nil, inFile(err, filepath.Join(dir, IndexName))
 	}
 	var names []string
 	for _, s := range index.shards() {
@@ -166,6 +164,29 @@ func shardFiles(dir string) ([]string, error) {
 		names = append(names, filepath.Join(dir, s))
 	}
 	return names, nil
+}
+
+// checkIndex makes sure that the shards of a directory hold what its index says.
+func (r *Reader) checkIndex(dir string) error {
+	name := filepath.Join(dir, IndexName)
+	text, err := os.ReadFile(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	index, err := parseIndex(text)
+	if err != nil {
+		return inFile(err, name)
+	}
+	for t, shard := range index.WeightMap {
+		i, ok := r.byName[t]
+		if !ok || filepath.Base(r.tensors[i].file.name) != shard {
+			return &Error{Status: Corrupt, File: name, Tensor: t, Msg: fmt.Sprintf("should be in %s and is not: a shard is of another model or version", shard)}
+		}
+	}
+	return nil
 }
 
 // Close frees the files. Nothing else may use the reader any more.
@@ -216,10 +237,10 @@ func (r *Reader) Tensor(i int) (Tensor, error) {
 func (r *Reader) Metadata() ([]byte, error) {
 	var all map[string]string
 	for _, c := range r.files {
+		if all == nil && c.header.Metadata != nil {
+			all = map[string]string{}
+		}
 		for k, v := range c.header.Metadata {
-			if all == nil {
-				all = map[string]string{}
-			}
 			if _, ok := all[k]; !ok {
 				all[k] = v
 			}
@@ -266,9 +287,9 @@ func (r *Reader) sibling(name string) (*container, error) {
 	s := &sibling{}
 	if r.dir == "" {
 		s.err = failf(InvalidArgument, "not reachable from a file in memory; open the file by its path")
-	} else if s.f, s.err = os.Open(filepath.Join(r.dir, name)); s.err == nil {
+	} else {
 		var info os.FileInfo
-		if info, s.err = s.f.Stat(); s.err == nil {
+		if s.f, info, s.err = openRegular(filepath.Join(r.dir, name)); s.err == nil {
 			s.c, s.err = openContainer(filepath.Join(r.dir, name), s.f, info.Size())
 		}
 	}
@@ -314,7 +335,7 @@ func (r *Reader) openPayload(t tensor) (*payload, error) {
 		if r.base == nil {
 			return fail(r.noBase(m.file))
 		}
-		if out.base, err = r.base.tensor(m.entry.name, m.entry.dtype, m.entry.bytes, m.entry.baseMD5); err != nil {
+		if out.base, err = r.base.tensor(m.entry.name, m.entry.dtype, m.entry.bytes, m.entry.baseMD5, newPool(&Job{Workers: 1})); err != nil {
 			return fail(err)
 		}
 	}
@@ -347,9 +368,13 @@ func (r *Reader) checkBase() error {
 
 // cached is openPayload with a memory of the last few.
 func (r *Reader) cached(t tensor) (*payload, error) {
+	m, err := r.master(t)
+	if err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
 	for i, p := range r.recent {
-		if p.entry == t.entry || t.entry.tiedTo != "" && t.entry.shard == "" && p.entry.name == t.entry.tiedTo && p.file == t.file {
+		if p.entry == m.entry {
 			r.recent = append(slices.Delete(r.recent, i, i+1), p)
 			r.mu.Unlock()
 			return p, nil
@@ -446,7 +471,11 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 			continue
 		}
 		total += q.hi - q.lo
-		word := int64(codecs.BlockWords * q.entry.dtype.WordBytes())
+		m, err := r.master(q.tensor) // a tie may be of another dtype: its blocks are its master's
+		if err != nil {
+			return err
+		}
+		word := int64(codecs.BlockWords * m.entry.dtype.WordBytes())
 		first, last := int(q.lo/word), int((q.hi+word-1)/word)
 		const run = codecs.GroupBlocks
 		for b := first; b < last; b += run {

@@ -1,12 +1,12 @@
 package core
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"io"
 	"math/bits"
 	"slices"
-	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -47,6 +47,9 @@ func readSource(r io.ReaderAt, size int64) (*source, error) {
 	}
 	h := binary.LittleEndian.Uint64(n[:])
 	if h > maxHeader || h < 2 || int64(h) > size-8 {
+		if what := otherKind(n[:]); what != "" {
+			return nil, failf(InvalidArgument, "not a safetensors file but %s", what)
+		}
 		return nil, failf(InvalidArgument, "not a safetensors file: header of %d bytes in a file of %d", h, size)
 	}
 	prefix := make([]byte, 8+h)
@@ -56,14 +59,28 @@ func readSource(r io.ReaderAt, size int64) (*source, error) {
 	return parseSource(prefix, size-int64(len(prefix)))
 }
 
+// otherKind names what a file is that people take for safetensors, by its first eight bytes.
+func otherKind(head []byte) string {
+	for start, what := range map[string]string{
+		magic: "a .bs file already", "version ": "a Git LFS pointer: run git lfs pull", "PK\x03\x04": "a PyTorch checkpoint or another zip file: convert it first",
+		"\x80\x02": "a pickled checkpoint: convert it first", "<!DOCTYP": "an HTML page: the download went wrong", "<html": "an HTML page: the download went wrong",
+		"GGUF": "a GGUF file",
+	} {
+		if bytes.HasPrefix(head, []byte(start)) {
+			return what
+		}
+	}
+	return ""
+}
+
 // parseSource parses a header followed by data bytes, or, where that is negative, by as many as its tensors need.
 func parseSource(prefix []byte, data int64) (*source, error) {
 	s := &source{prefix: prefix}
-	limit := uint64(data)
-	if data < 0 {
-		limit = 1 << 62
+	limit := uint64(1 << 62)
+	if data >= 0 {
+		limit = uint64(data)
 	}
-	d := jsontext.NewDecoder(strings.NewReader(string(prefix[8:])))
+	d := jsontext.NewDecoder(bytes.NewBuffer(prefix[8:len(prefix):len(prefix)]))
 	bad := func(err error) error {
 		return failf(InvalidArgument, "not a safetensors file: header is no proper JSON: %s", err)
 	}
@@ -91,12 +108,12 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 			continue
 		}
 		var x struct {
-			DType   string    `json:"dtype"`
-			Shape   []uint64  `json:"shape"`
-			Offsets [2]uint64 `json:"data_offsets"`
+			DType   string     `json:"dtype"`
+			Shape   *shape     `json:"shape"`
+			Offsets *[2]uint64 `json:"data_offsets"`
 		}
-		if err := json.Unmarshal(value, &x, json.RejectUnknownMembers(true)); err != nil {
-			return nil, bad(err)
+		if err := json.Unmarshal(value, &x); err != nil || x.Shape == nil || x.Offsets == nil {
+			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: "not a safetensors file: dtype, shape and data_offsets are not what they should be", Err: err}
 		}
 		dt, ok := codecs.ParseDType(x.DType)
 		if !ok || dt.Source() != x.DType {
@@ -106,15 +123,12 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: failf(0,
 				"data_offsets [%d, %d] with %d data bytes in the file", x.Offsets[0], x.Offsets[1], data).Msg}
 		}
-		if len(x.Shape) > MaxDims {
-			return nil, &Error{Status: UnsupportedFeature, Tensor: name, Msg: failf(0, "%d dimensions; at most %d are supported", len(x.Shape), MaxDims).Msg}
-		}
-		n, ok := byteSize(x.Shape, dt.Bits())
+		n, ok := byteSize(*x.Shape, dt.Bits())
 		if !ok || n != x.Offsets[1]-x.Offsets[0] {
 			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: failf(0,
-				"shape %d of %s does not take the %d bytes it has", x.Shape, x.DType, x.Offsets[1]-x.Offsets[0]).Msg}
+				"shape %d of %s does not take the %d bytes it has", *x.Shape, x.DType, x.Offsets[1]-x.Offsets[0]).Msg}
 		}
-		s.tensors = append(s.tensors, sourceTensor{name, dt, x.Shape, int64(x.Offsets[0]), int64(x.Offsets[1])})
+		s.tensors = append(s.tensors, sourceTensor{name, dt, *x.Shape, int64(x.Offsets[0]), int64(x.Offsets[1])})
 	}
 	if _, err := d.ReadToken(); err != nil {
 		return nil, bad(err)

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -67,9 +68,6 @@ func parseIndex(text []byte) (*shardIndex, error) {
 	if err := json.Unmarshal(text, x); err != nil {
 		return nil, failf(Corrupt, "is no index: %s", err)
 	}
-	if len(x.shards()) == 0 {
-		return nil, failf(Corrupt, "lists no shards")
-	}
 	return x, nil
 }
 
@@ -120,4 +118,48 @@ func (c *container) sourceBytes() int64 {
 		n += c.entries[i].bytes
 	}
 	return n
+}
+
+// check opens every `.bs` file of a tree, makes sure that the shards of each folder hold what its index says, and tells
+// the pool how much there is to decode.
+func (t *tree) check(root string, p *pool) error {
+	total := int64(0)
+	holds := map[string]map[string]int{} // file -> its tensors
+	for _, f := range t.files {
+		if !strings.HasSuffix(f, ourExt) {
+			continue
+		}
+		file, info, err := openRegular(filepath.Join(root, f))
+		if err != nil {
+			return err
+		}
+		c, err := openContainer(file.Name(), file, info.Size())
+		file.Close()
+		if err != nil {
+			return err
+		}
+		total += c.sourceBytes()
+		holds[f] = c.byName
+	}
+	p.total(total)
+	for _, f := range t.files {
+		if filepath.Base(f) != IndexName {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(root, f))
+		if err != nil {
+			return err
+		}
+		x, err := parseIndex(text)
+		if err != nil {
+			return inFile(err, filepath.Join(root, f))
+		}
+		for name, shard := range x.WeightMap {
+			if _, ok := holds[filepath.Join(filepath.Dir(f), shard)][name]; !ok {
+				return &Error{Status: Corrupt, File: filepath.Join(root, f), Tensor: name,
+					Msg: "should be in " + shard + " and is not: the shard is missing, or of another model or version"}
+			}
+		}
+	}
+	return nil
 }

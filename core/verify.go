@@ -2,11 +2,15 @@ package core
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/go-json-experiment/json"
@@ -29,19 +33,85 @@ type Problem struct {
 // compares with that too. An error means that the check could not run: the file cannot be read or is no `.bs` file.
 // Damage is reported, that of a header as a problem without a tensor.
 func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
+	p := newPool(job)
+	info, err := os.Stat(path)
+	if err != nil {
+		return Report{}, inFile(err, path)
+	}
+	if !info.IsDir() {
+		return verifyFile(path, sourcePath, basePath, true, p)
+	}
+	t, err := readTree(path)
+	if err != nil {
+		return Report{}, inFile(err, path)
+	}
+	rep, found := Report{}, false
+	if err := t.check(path, p); err != nil {
+		e, damage := damaged(err)
+		if !damage {
+			return rep, err
+		}
+		rep.Bad = append(rep.Bad, e)
+	}
+	// A file beside another, or in a folder, stands against the one of the same name.
+	beside := func(root, file, ext string) string {
+		if info, err := os.Stat(root); root == "" || err != nil || !info.IsDir() {
+			return root
+		}
+		return filepath.Join(root, strings.TrimSuffix(file, ourExt)+ext)
+	}
+	for _, f := range t.files {
+		if !strings.HasSuffix(f, ourExt) {
+			continue
+		}
+		found = true
+		b := basePath
+		if info, err := os.Stat(filepath.Join(basePath, filepath.Dir(f))); basePath != "" && err == nil && info.IsDir() {
+			b = filepath.Join(basePath, filepath.Dir(f))
+		}
+		one, err := verifyFile(filepath.Join(path, f), beside(sourcePath, f, sourceExt), b, false, p)
+		if err != nil {
+			return rep, err
+		}
+		rep.Tensors += one.Tensors
+		for _, x := range one.Bad {
+			if !slices.Contains(rep.Bad, x) {
+				rep.Bad = append(rep.Bad, x)
+			}
+		}
+	}
+	if !found {
+		return rep, &Error{Status: IO, File: path, Msg: "holds no .bs file", Err: os.ErrNotExist}
+	}
+	return rep, nil
+}
+
+// damaged turns what says that a file of ours is damaged into an entry of a report.
+func damaged(err error) (Problem, bool) {
+	e := asError(err)
+	missing := e.Status == IO && e.Tensor != "" && errors.Is(err, os.ErrNotExist) // the sibling of a tie
+	if !missing && (e.Status != Corrupt && e.Status != Truncated && e.Status != Checksum || isSafetensors(e.File)) {
+		return Problem{}, false
+	}
+	return Problem{strings.ToValidUTF8(e.File, "?"), e.Tensor, e.Msg}, true
+}
+
+func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report, error) {
 	r, err := Open(path, basePath)
 	if err != nil {
-		if e := asError(err); (e.Status == Corrupt || e.Status == Truncated || e.Status == Checksum) && !isSafetensors(e.File) {
-			return Report{Bad: []Problem{{e.File, e.Tensor, e.Msg}}}, nil
+		if x, damage := damaged(err); damage {
+			return Report{Bad: []Problem{x}}, nil
 		}
 		return Report{}, err
 	}
 	defer r.Close()
-	p := newPool(job)
 	if err := r.checkIdentities(p); err != nil {
 		return Report{}, err
 	}
 	rep := Report{Tensors: len(r.tensors)}
+	report := func(tensor, format string, args ...any) {
+		rep.Bad = append(rep.Bad, Problem{strings.ToValidUTF8(path, "?"), tensor, fmt.Sprintf(format, args...)})
+	}
 	var src *base
 	if sourcePath != "" {
 		if src, err = openBase(sourcePath); err != nil {
@@ -53,15 +123,16 @@ func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 		}
 		for name := range src.plain {
 			if _, ok := r.byName[name]; !ok {
-				rep.Bad = append(rep.Bad, Problem{path, name, "is in the source only"})
+				report(name, "is in the source only")
 			}
 		}
+		if len(src.prefixes) == 1 && !bytes.Equal(src.prefixes[0], r.files[0].source) {
+			report("", "the source has another header: names, shapes, metadata or their order differ")
+		}
 	}
-	total := int64(0)
-	for _, t := range r.tensors {
-		total += t.entry.bytes
+	if total {
+		p.total(r.files[0].sourceBytes() - int64(len(r.files[0].source)))
 	}
-	p.total(total)
 	var mu sync.Mutex
 	err = r.streamAll(p, func(i int, off int64, b []byte) error {
 		if src == nil {
@@ -81,18 +152,49 @@ func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 		}
 		return err
 	}, func(i int, err error) error {
-		if s := StatusOf(err); s == IO || s == Internal {
+		x, damage := damaged(at(err, r.tensors[i].file.name, r.tensors[i].entry.name))
+		if !damage {
 			return err
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		rep.Bad = append(rep.Bad, Problem{r.tensors[i].file.name, r.tensors[i].entry.name, asError(err).Msg})
+		rep.Bad = append(rep.Bad, x)
 		return nil
 	})
-	slices.SortFunc(rep.Bad, func(a, b Problem) int {
-		return bytes.Compare([]byte(a.File+"\x00"+a.Tensor), []byte(b.File+"\x00"+b.Tensor))
-	})
+	if err == nil && len(rep.Bad) == 0 {
+		err = r.checkSHA256(report, p)
+	}
+	slices.SortFunc(rep.Bad, func(a, b Problem) int { return strings.Compare(a.Tensor, b.Tensor) })
 	return rep, err
+}
+
+// checkSHA256 compares the SHA-256 of the source, where the file has it, with that of what it decodes to, in the order of
+// the source.
+func (r *Reader) checkSHA256(report func(tensor, format string, args ...any), p *pool) error {
+	c := r.files[0]
+	if c.sha256 == nil {
+		return nil
+	}
+	layout, err := c.sourceLayout()
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	h.Write(layout.prefix)
+	silent := newPool(&Job{Workers: p.width(), Cancel: p.job.Cancel}) // the progress is made already
+	for _, t := range layout.tensors {
+		err := r.stream(r.byName[t.Name], silent, func(_ int64, b []byte) error {
+			h.Write(b)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if sum := h.Sum(nil); !bytes.Equal(sum, c.sha256) {
+		report("", "SHA-256 of the source is %x, the header says %x", sum, c.sha256)
+	}
+	return nil
 }
 
 func equalAt(r io.ReaderAt, off int64, b []byte) (bool, error) {
@@ -138,7 +240,7 @@ func (r *Reader) Info() ([]byte, error) {
 		SHA256      *string      `json:"sha256"`
 		Files       []string     `json:"files"`
 		Tensors     []tensorInfo `json:"tensors"`
-	}{Path: r.path, Format: c.header.Format, Mode: c.header.Mode, ModelType: c.header.ModelType, BaseModel: c.header.BaseModel}
+	}{Path: strings.ToValidUTF8(r.path, "?"), Format: c.header.Format, Mode: c.header.Mode, ModelType: c.header.ModelType, BaseModel: c.header.BaseModel}
 	if c.header.Writer != nil {
 		all.Writer = *c.header.Writer
 	}
@@ -149,7 +251,7 @@ func (r *Reader) Info() ([]byte, error) {
 	all.Tensors = make([]tensorInfo, 0, len(r.tensors))
 	shapes := map[string][]uint64{}
 	for _, c := range r.files {
-		all.Files = append(all.Files, c.name)
+		all.Files = append(all.Files, strings.ToValidUTF8(c.name, "?"))
 		all.FileBytes += c.size
 		all.SourceBytes += c.sourceBytes()
 		src, err := c.sourceLayout()
@@ -167,7 +269,7 @@ func (r *Reader) Info() ([]byte, error) {
 			special = &e.special
 		}
 		all.Tensors = append(all.Tensors, tensorInfo{e.name, e.shape, e.dtype.String(), e.dtype.Source(), shapes[e.name], e.bytes,
-			e.compressed, e.codec, special, fmt.Sprintf("%x", e.md5), filepath.Base(t.file.name)})
+			e.compressed, e.codec, special, fmt.Sprintf("%x", e.md5), strings.ToValidUTF8(filepath.Base(t.file.name), "?")})
 	}
 	return json.Marshal(all)
 }

@@ -2,6 +2,7 @@ package core
 
 import (
 	"bytes"
+	"context"
 	"crypto/md5"
 	"encoding/binary"
 	"encoding/hex"
@@ -43,38 +44,51 @@ type temporary struct {
 	noReplace bool
 }
 
-func newTemporary(target string, noReplace bool) (*temporary, error) {
+// newTemporary makes the file that will become target. It gets the permissions of what it replaces, else those of the
+// source, mode: what was private stays private.
+func newTemporary(target string, mode os.FileMode, noReplace bool) (*temporary, error) {
 	if noReplace {
 		if _, err := os.Lstat(target); err == nil {
 			return nil, &Error{Status: IO, File: target, Msg: "exists already", Err: os.ErrExist}
 		}
 	}
-	if info, err := os.Stat(target); err == nil && info.IsDir() {
-		return nil, failf(InvalidArgument, "%s is a directory", target)
-	}
 	// A link keeps pointing where it points: what it names is what is replaced.
-	if real, err := filepath.EvalSymlinks(target); err == nil {
-		target = real
+	for range 40 {
+		to, err := os.Readlink(target)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(to) {
+			to = filepath.Join(filepath.Dir(target), to)
+		}
+		target = to
+	}
+	if info, err := os.Stat(target); err == nil {
+		if !info.Mode().IsRegular() {
+			return nil, &Error{Status: InvalidArgument, File: target, Msg: "is a directory or a device: give the name of a file to write"}
+		}
+		mode = info.Mode()
+	}
+	if _, err := os.Stat(filepath.Dir(target)); err != nil {
+		return nil, inFile(err, filepath.Dir(target))
 	}
 	f, err := createBeside(target)
 	if err != nil {
 		return nil, err
 	}
-	if info, err := os.Stat(target); err == nil {
-		if err := f.Chmod(info.Mode().Perm()); err != nil {
-			f.Close()
-			os.Remove(f.Name())
-			return nil, err
-		}
+	if err := f.Chmod(mode.Perm()); err != nil {
+		f.Close()
+		os.Remove(f.Name())
+		return nil, err
 	}
 	return &temporary{f, target, noReplace}, nil
 }
 
-// createBeside makes a new file next to target, with the permissions that a file made plainly would get.
+// createBeside makes a new file next to target.
 func createBeside(target string) (*os.File, error) {
 	for {
 		name := fmt.Sprintf(".%s.tmp-%s-%08x", filepath.Base(target), pid, rand.Uint32())
-		f, err := os.OpenFile(filepath.Join(filepath.Dir(target), name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+		f, err := os.OpenFile(filepath.Join(filepath.Dir(target), name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		if !os.IsExist(err) {
 			return f, err
 		}
@@ -94,7 +108,8 @@ func (t *temporary) publish() error {
 			return err
 		} else if err == nil {
 			os.Remove(t.Name())
-			return syncDir(t.target)
+			syncDir(t.target)
+			return nil
 		}
 		err = nil
 	}
@@ -105,7 +120,8 @@ func (t *temporary) publish() error {
 		os.Remove(t.Name())
 		return err
 	}
-	return syncDir(t.target)
+	syncDir(t.target)
+	return nil
 }
 
 func (t *temporary) abandon() {
@@ -114,12 +130,11 @@ func (t *temporary) abandon() {
 }
 
 // syncDir makes a rename durable; file systems that cannot are left alone.
-func syncDir(path string) error {
+func syncDir(path string) {
 	if d, err := os.Open(filepath.Dir(path)); err == nil {
 		_ = d.Sync()
 		d.Close()
 	}
-	return nil
 }
 
 // writer writes one `.bs` file from front to back.
@@ -129,6 +144,7 @@ type writer struct {
 	source   *source
 	head     header
 	dataAt   int64 // where the data section begins
+	entries  []int // what the entry of each of the source's tensors may take in the header
 	next     int64 // offset in it of the next payload
 	shared   ties
 	shard    string // name of the file among its siblings, where ties may lead there
@@ -147,33 +163,22 @@ type tieKey struct {
 type tieMaster struct{ shard, name string }
 
 // headerReserve bounds the header of a file of these tensors, so that payloads can be written before it is known: every
-// number as long as it can be, every tensor in the longest of the forms it can take.
-func headerReserve(src *source, base string, shared ties) int64 {
-	master, sibling := "", "" // the longest that a tie can name
+// number as long as it can be. It also says what each tensor's entry may take; see tie.
+func headerReserve(src *source, base string, shared ties) (total int64, entries []int) {
+	longest := 0 // of what a tie adds
 	quoted := func(s string) int { b, _ := jsontext.AppendQuote(nil, s); return len(b) }
 	for _, t := range src.tensors {
-		if quoted(t.Name) > quoted(master) {
-			master = t.Name
-		}
+		longest = max(longest, quoted(t.Name))
 	}
 	for _, m := range shared {
-		if quoted(m.name) > quoted(master) {
-			master = m.name
-		}
-		if quoted(m.shard) > quoted(sibling) {
-			sibling = m.shard
-		}
+		longest = max(longest, quoted(m.name)+quoted(m.shard)+len(`,"shard":`))
 	}
 	end := uint64(sourceSize(src)) + Bound(0, uint64(len(src.tensors)), 0)
 	end += end / 1024
 	rows, few := "wpe_delta", "lowcard"
-	n := 0
+	entries = make([]int, len(src.tensors))
 	var buf []byte
-	size := func(t *headerTensor) int {
-		buf = appendTensor(buf[:0], t)
-		return len(buf) + 1
-	}
-	for _, t := range src.tensors {
+	for i, t := range src.tensors {
 		bytes := uint64(t.End - t.Begin)
 		h := headerTensor{Name: t.Name, Shape: headerShape(t.DType, t.Shape), DType: t.DType.String(), Codec: codecs.CodecLowcard,
 			Special: &few, Compressed: bytes + bytes/1024 + 4096, Offset: end, MD5: strings.Repeat("0", 32)}
@@ -184,15 +189,19 @@ func headerReserve(src *source, base string, shared ties) int64 {
 		if base != "" {
 			h.Extra.BaseMD5 = h.MD5
 		}
-		n += size(&h)
-		if bytes < smallestTie {
-			continue
+		buf = appendTensor(buf[:0], &h)
+		entries[i] = len(buf) + 1
+		if bytes >= largeTie {
+			entries[i] += min(longest, 2048)
 		}
-		coded := size(&h)
-		h.Codec, h.Compressed, h.Extra = codecTied, 0, &headerExtra{TiedTo: master, Shard: sibling}
-		n += max(0, size(&h)-coded)
+		total += int64(entries[i])
 	}
-	return int64(n) + 600 + 2*int64(len(src.metadata)) + 6*int64(len(base))
+	if src.metadata != nil {
+		total += int64(len(src.metadata))
+	}
+	total += 600 + 6*int64(len(base))
+	// A source's header with much padding must not unpack from a small file.
+	return max(total, (int64(len(src.prefix))-1<<20)/4), entries
 }
 
 func sourceSize(s *source) int64 {
@@ -202,8 +211,8 @@ func sourceSize(s *source) int64 {
 	return 0
 }
 
-func newWriter(target string, src *source, base string, opts Options, shared ties, shard string) (*writer, error) {
-	tmp, err := newTemporary(target, opts.NoReplace)
+func newWriter(target string, mode os.FileMode, src *source, base string, opts Options, shared ties, shard string) (*writer, error) {
+	tmp, err := newTemporary(target, mode, opts.NoReplace)
 	if err != nil {
 		return nil, err
 	}
@@ -226,7 +235,8 @@ func newWriter(target string, src *source, base string, opts Options, shared tie
 	if sourceSize(src) == 0 { // no payloads to align
 		align = codecs.Align
 	}
-	w.dataAt = roundUp(preamble+headerReserve(src, base, shared), align)
+	reserve, entries := headerReserve(src, base, shared)
+	w.dataAt, w.entries = roundUp(preamble+reserve, align), entries
 	if w.dataAt > preamble+maxHeader {
 		tmp.abandon()
 		return nil, failf(UnsupportedFeature, "the names and shapes of %d tensors need a header of more than %d bytes", len(src.tensors), maxHeader)
@@ -250,8 +260,9 @@ func isDiffusion(tensors []sourceTensor) bool {
 // smallTensor is up to where a tensor's payload is made in memory, beside others; larger ones are written group by group.
 const smallTensor = 32 << 20
 
-// item is a tensor on its way into the file.
+// item is a tensor on its way into the file, number n of the source's.
 type item struct {
+	n       int
 	spec    sourceTensor
 	src     io.ReaderAt
 	base    *baseTensor
@@ -261,27 +272,33 @@ type item struct {
 	entry   headerTensor
 }
 
-// fingerprint computes hash and, where asked, MD5 of the item's bytes.
-func (it *item) fingerprint(withMD5 bool) error {
+// fingerprint computes hash and MD5 of the item's bytes.
+func (it *item) fingerprint(p *pool) error {
 	h, m := xxh3.New(), md5.New()
-	var w io.Writer = h
-	if withMD5 {
-		w = io.MultiWriter(h, m)
-	}
-	n := it.spec.End - it.spec.Begin
-	got, err := io.CopyBuffer(w, onlyReader{io.NewSectionReader(it.src, 0, n)}, make([]byte, min(1<<20, n+1)))
-	if err == nil && got != n {
-		err = io.ErrUnexpectedEOF
-	}
+	err := p.copy(io.MultiWriter(h, m), it.src, it.spec.End-it.spec.Begin)
 	it.hash = h.Sum64()
-	if withMD5 {
-		copy(it.md5[:], m.Sum(nil))
-	}
+	copy(it.md5[:], m.Sum(nil))
 	return err
 }
 
-// onlyReader hides WriteTo, which would ignore the buffer's size.
-type onlyReader struct{ io.Reader }
+// copy hands the first n bytes of src to w, and looks between pieces whether the call is cancelled.
+func (p *pool) copy(w io.Writer, src io.ReaderAt, n int64) error {
+	buf := make([]byte, min(1<<20, n))
+	for at := int64(0); at < n; {
+		if p.cancelled() {
+			return context.Canceled
+		}
+		b := buf[:min(int64(len(buf)), n-at)]
+		if _, err := io.ReadFull(io.NewSectionReader(src, at, int64(len(b))), b); err != nil {
+			return err
+		}
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+		at += int64(len(b))
+	}
+	return nil
+}
 
 // put compresses tensors and appends them in this order.
 func (w *writer) put(items []*item, p *pool) error {
@@ -301,7 +318,7 @@ func (w *writer) put(items []*item, p *pool) error {
 
 func (w *writer) putBatch(items []*item, p *pool) error {
 	err := p.run(len(items), func(i int, _ *codecs.Scratch) error {
-		return at(items[i].fingerprint(true), "", items[i].spec.Name)
+		return at(items[i].fingerprint(p), "", items[i].spec.Name)
 	})
 	if err != nil {
 		return err
@@ -351,8 +368,12 @@ func (w *writer) putBatch(items []*item, p *pool) error {
 	return nil
 }
 
-// smallestTie is from how many bytes on a tensor may be a tie: naming its master takes as much as a small payload.
-const smallestTie = 512
+// smallestTie is from how many bytes on a tensor may be a tie: naming its master takes as much as a small payload. From
+// largeTie on room is kept for a long name.
+const (
+	smallestTie = 512
+	largeTie    = 1 << 18
+)
 
 // writePayload writes part of the payload that is next.
 func (w *writer) writePayload(at int64, b []byte) error {
@@ -374,10 +395,13 @@ func (w *writer) tie(it *item) {
 		return
 	}
 	special := "tied"
-	it.entry.Codec, it.entry.Special = codecTied, &special
-	it.entry.Extra = &headerExtra{TiedTo: m.name}
+	tied := it.entry
+	tied.Codec, tied.Special, tied.Extra = codecTied, &special, &headerExtra{TiedTo: m.name}
 	if m.shard != w.shard {
-		it.entry.Extra.Shard = m.shard
+		tied.Extra.Shard = m.shard
+	}
+	if len(appendTensor(nil, &tied))+24 <= w.entries[it.n] { // 24: the offset is not known yet
+		it.entry = tied
 	}
 }
 
@@ -447,8 +471,15 @@ func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error)
 
 func hash(sum uint64) string { return fmt.Sprintf("%016x", sum) }
 
-// finish writes section, header and trailer and publishes the file.
-func (w *writer) finish(sha256 []byte) (int64, error) {
+// finish writes section, header and trailer, opens what was written as a reader would, and publishes the file. Where it
+// fails nothing of the file remains.
+func (w *writer) finish(sha256 []byte) (size int64, err error) {
+	published := false
+	defer func() {
+		if !published {
+			w.tmp.abandon()
+		}
+	}()
 	section := packSection(w.source.prefix)
 	if _, err := w.tmp.WriteAt(section, w.dataAt+w.next); err != nil {
 		return 0, err
@@ -471,7 +502,50 @@ func (w *writer) finish(sha256 []byte) (int64, error) {
 	if _, err := w.tmp.WriteAt(end, w.dataAt+w.next); err != nil {
 		return 0, err
 	}
-	return w.dataAt + w.next + trailerLen, w.tmp.publish()
+	size = w.dataAt + w.next + trailerLen
+	if err := w.readBack(size); err != nil {
+		return 0, failf(Internal, "the file does not open after writing: %s", err)
+	}
+	published = true // publish abandons it where it fails
+	return size, w.tmp.publish()
+}
+
+// readBack checks everything of the file but its blocks, which were decoded as they were coded.
+func (w *writer) readBack(size int64) error {
+	c, err := openContainer("", w.tmp, size)
+	if err != nil {
+		return err
+	}
+	for i := range c.entries {
+		e := &c.entries[i]
+		if e.tiedTo != "" || e.bytes == 0 {
+			continue
+		}
+		head, err := c.read(e.offset, e.head)
+		if err != nil {
+			return err
+		}
+		if _, err := codecs.ParseHead(head, e.checksum, e.dtype, e.bytes, e.compressed); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// plainMode is what a file made from nothing gets. The umask cannot be read without setting it, for the whole process: a
+// file that is made and removed tells it.
+func plainMode() os.FileMode {
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf(".bigsmall-%s-%08x", pid, rand.Uint32())), os.O_CREATE|os.O_EXCL, 0o666)
+	if err != nil {
+		return 0o600
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return 0o600
+	}
+	return info.Mode()
 }
 
 // Writer writes a `.bs` file from tensors in memory.
@@ -491,6 +565,9 @@ type Spec struct {
 // Create begins a file of exactly these tensors, in the order in which a safetensors file would hold them. metadata is a
 // JSON object of strings, or empty.
 func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, error) {
+	if opts.SHA256 || opts.Force {
+		return nil, failf(InvalidArgument, "the flags for a SHA-256 and for directories go with files and directories, not with a writer")
+	}
 	src := &source{}
 	seen := map[string]bool{}
 	at := int64(0)
@@ -529,7 +606,7 @@ func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, 
 		src.metadata, _ = json.Marshal(m, json.Deterministic(true))
 	}
 	src.prefix = writeSource(src.tensors, src.metadata)
-	w, err := newWriter(path, src, "", opts, ties{}, "")
+	w, err := newWriter(path, plainMode(), src, "", opts, ties{}, "")
 	if err != nil {
 		return nil, inFile(err, path)
 	}
@@ -556,7 +633,7 @@ func (w *Writer) Put(i int, data []byte, job *Job) error {
 	}
 	p := newPool(job)
 	p.total(int64(len(data)))
-	if err := w.w.put([]*item{{spec: spec, src: bytes.NewReader(data)}}, p); err != nil {
+	if err := w.w.put([]*item{{n: i, spec: spec, src: bytes.NewReader(data)}}, p); err != nil {
 		w.Close() // part of a tensor may be in the file
 		return inFile(err, w.w.tmp.target)
 	}
@@ -574,8 +651,8 @@ func (w *Writer) Finish() (Result, error) {
 			return Result{}, &Error{Status: InvalidArgument, Tensor: w.w.source.tensors[i].Name, Msg: "was never put"}
 		}
 	}
-	n, err := w.w.finish(nil)
 	w.done = true
+	n, err := w.w.finish(nil)
 	return Result{w.w.srcBytes + int64(len(w.w.source.prefix)), n, len(w.put), 1}, inFile(err, w.w.tmp.target)
 }
 

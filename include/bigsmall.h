@@ -17,7 +17,8 @@
  *     their whole length goes to `*len` even where the room was too small (BS_DST_TOO_SMALL; nothing is written then).
  *     Call with dst NULL and dst_cap 0 to learn the size.
  *   - Structs the caller fills begin with `size = sizeof(the struct)`, so that a later version can add members at the
- *     end. Members unknown to the caller are taken as 0. A size smaller than the first version's is refused.
+ *     end. Members unknown to the caller are taken as 0, members unknown to the library must be 0. A size smaller than
+ *     the first version's is refused. In an array the size is the stride, and the same for all.
  *   - Every function may be called from many threads at once, on one reader too. One writer belongs to one thread at a
  *     time. A handle must not be closed while another thread uses it.
  *   - After fork() the library does not work in the child: every call there returns BS_FORKED and does nothing.
@@ -177,7 +178,8 @@ typedef struct bs_tensor {
 } bs_tensor;
 
 /* Opens a `.bs` file, or a directory of them (with or without bigsmall.index.json) as one model. Only headers are read.
- * base: the base model where the file is a delta, else NULL. */
+ * base: the base model where the file is a delta, else NULL; without it a delta opens, but its differences do not decode
+ * (BS_WRONG_BASE). */
 BS_API bs_status bs_reader_open(const char *path, const char *base, bs_reader **reader, bs_error *error);
 
 /* The same for a whole `.bs` file in memory, which must stay unchanged until the reader is closed. */
@@ -200,7 +202,7 @@ BS_API bs_status bs_reader_name(bs_reader *reader, uint64_t index, char *dst, si
 BS_API bs_status bs_reader_metadata(bs_reader *reader, char *dst, size_t dst_cap, size_t *len, bs_error *error);
 
 /* Everything the headers say, as one JSON object: format, mode, model_type, base_model, writer, file_bytes,
- * source_bytes, sha256, files, and for every tensor name, shape, dtype (torch's name), source_dtype and source_shape
+ * source_bytes, sha256, files, and for every tensor, in the order of the indexes, name, shape, dtype (torch's name), source_dtype and source_shape
  * (safetensors' spelling), n_bytes, compressed_bytes, codec, special, md5, file. */
 BS_API bs_status bs_reader_info(bs_reader *reader, char *dst, size_t dst_cap, size_t *len, bs_error *error);
 
@@ -240,10 +242,12 @@ typedef struct bs_tensor_spec {
     const uint64_t *shape;
 } bs_tensor_spec;
 
-/* Largest `.bs` file that `source_bytes` bytes in n_tensors tensors whose names take name_bytes bytes can become. */
+/* Largest `.bs` file that `source_bytes` bytes in n_tensors tensors whose names take name_bytes bytes can become; metadata
+ * adds at most twice its length. */
 BS_API uint64_t bs_compress_bound(uint64_t source_bytes, uint64_t n_tensors, uint64_t name_bytes);
 
-/* Begins a file of exactly these tensors. metadata: a JSON object of strings, or NULL. The target appears, whole, at
+/* Begins a file of exactly these tensors. metadata: a JSON object of strings, or NULL. Of the flags only
+ * BS_FLAG_NO_REPLACE has a meaning here; the others are refused. The target appears, whole, at
  * bs_writer_finish; until then the bytes stand in a temporary file beside it. */
 BS_API bs_status bs_writer_open(const char *path, const bs_tensor_spec *specs, size_t n_specs, const char *metadata,
                                 const bs_compress_options *options, bs_writer **writer, bs_error *error);
@@ -281,8 +285,9 @@ typedef struct bs_verify_result {
     uint64_t n_bad;     /* of them, damaged or different */
 } bs_verify_result;
 
-/* Decodes everything and checks every checksum and MD5; with `source` (a `.safetensors` file or directory) compares with
- * it too. Damaged tensors are counted and listed in `report`, one JSON object {"file", "tensor", "problem"} a line, as
+/* Decodes everything, of a directory every `.bs` file below it, and checks every checksum, MD5 and stored SHA-256; with
+ * `source` (a `.safetensors` file or directory) compares with it too. Damaged tensors (and headers, with an empty name for
+ * the tensor) are counted and listed in `report`, one JSON object {"file", "tensor", "problem"} a line, as
  * many whole lines as fit report_cap; their length goes to *report_len. BS_OK means that the check ran: look at n_bad. */
 BS_API bs_status bs_verify(const char *path, const char *source, const char *base, const bs_job *job,
                            bs_verify_result *result, char *report, size_t report_cap, size_t *report_len, bs_error *error);

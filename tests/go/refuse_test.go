@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -82,6 +83,40 @@ func TestRefuse(t *testing.T) {
 	}
 }
 
+// A small file must not make a reader allocate a lot.
+func TestRefusesCheaply(t *testing.T) {
+	bs, err := os.ReadFile(compressed(t, []tensor{{"a", "U8", []uint64{70_000}, make([]byte, 70_000)}}))
+	require.NoError(t, err)
+	grown := func(header string) []byte { // the header replaced by a longer one
+		out := append(bytes.Clone(bs[:6]), 0, 0, 0, 0)
+		out = append(out, header...)
+		for len(out)%64 != 0 {
+			out = append(out, ' ')
+		}
+		binary.LittleEndian.PutUint32(out[6:], uint32(len(out)-10))
+		end := append([]byte("BGSMEND\n"), make([]byte, 32)...)
+		binary.LittleEndian.PutUint64(end[8:], uint64(len(out)))
+		binary.LittleEndian.PutUint64(end[24:], xxh3.Hash(out))
+		return append(append(out, end...), binary.LittleEndian.AppendUint64(nil, xxh3.Hash(end))...)
+	}
+	for name, b := range map[string][]byte{
+		"empty entries": grown(`{"writer":"x","draft":1,"tensors":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+		"long shape":    grown(`{"writer":"x","draft":1,"tensors":[{"name":"a","md5":"` + strings.Repeat("0", 90) + `","shape":[` + strings.Repeat("0,", 1<<20) + `0]}]}`),
+		"sections":      grown(`{"writer":"x","draft":1,"sections":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := core.OpenBytes(b)
+		runtime.ReadMemStats(&after)
+		require.Equal(t, core.Corrupt, core.StatusOf(err), name)
+		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(16<<20+6*len(b)), name)
+	}
+	_, err = core.OpenBytes(append(bytes.Clone(bs[:4096]), make([]byte, 20)...))
+	require.Equal(t, core.Truncated, core.StatusOf(err))
+	_, err = core.OpenBytes(grown(`{"tensors":[]}`)[:100])
+	require.Error(t, err)
+}
+
 // Every cut and every single-bit flip of a small file is noticed, at opening or at decoding, and never gives wrong bytes.
 func TestDamage(t *testing.T) {
 	r := rand.New(rand.NewPCG(2, 2))
@@ -141,7 +176,7 @@ func TestVerifyReports(t *testing.T) {
 	require.NoFileExists(t, bad+".safetensors")
 	rep, err = core.Verify(path, write(t, filepath.Join(t.TempDir(), "s.safetensors"), safetensors([]tensor{{"a", "BF16", []uint64{4000}, bf16(r, 4000, .02)}}, nil)), "", nil)
 	require.NoError(t, err)
-	require.Len(t, rep.Bad, 2)
+	require.Len(t, rep.Bad, 3) // the header, "a", which differs, and "b", which the source has not
 	rep, err = core.Verify(write(t, filepath.Join(t.TempDir(), "cut.bs"), bs[:5000]), "", "", nil)
 	require.NoError(t, err)
 	require.Len(t, rep.Bad, 1)
