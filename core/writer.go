@@ -173,15 +173,13 @@ func headerReserve(src *source, base string, shared ties) (total int64, entries 
 	for _, m := range shared {
 		longest = max(longest, quoted(m.name)+quoted(m.shard)+len(`,"shard":`))
 	}
-	end := uint64(sourceSize(src)) + Bound(0, uint64(len(src.tensors)), 0)
-	end += end / 1024
 	rows, few := "wpe_delta", "lowcard"
 	entries = make([]int, len(src.tensors))
 	var buf []byte
 	for i, t := range src.tensors {
 		bytes := uint64(t.End - t.Begin)
 		h := headerTensor{Name: t.Name, Shape: headerShape(t.DType, t.Shape), DType: t.DType.String(), Codec: codecs.CodecLowcard,
-			Special: &few, Compressed: bytes + bytes/1024 + 4096, Offset: end, MD5: strings.Repeat("0", 32)}
+			Special: &few, Compressed: bytes + bytes/1024 + 4096, Offset: farthest(src), MD5: strings.Repeat("0", 32)}
 		h.Extra = &headerExtra{Head: uint64(codecs.MaxHead(t.End - t.Begin)), Checksum: strings.Repeat("0", 16)}
 		if codecs.RowsPossible(h.Shape, t.End-t.Begin) || base != "" {
 			h.Codec, h.Special = codecs.CodecRowDelta, &rows
@@ -202,6 +200,12 @@ func headerReserve(src *source, base string, shared ties) (total int64, entries 
 	total += 600 + 6*int64(len(base))
 	// A source's header with much padding must not unpack from a small file.
 	return max(total, (int64(len(src.prefix))-1<<20)/4), entries
+}
+
+// farthest bounds the offsets of a file.
+func farthest(src *source) uint64 {
+	end := uint64(sourceSize(src)) + Bound(0, uint64(len(src.tensors)), 0)
+	return end + end/1024
 }
 
 func sourceSize(s *source) int64 {
@@ -372,7 +376,7 @@ func (w *writer) putBatch(items []*item, p *pool) error {
 // largeTie on room is kept for a long name.
 const (
 	smallestTie = 512
-	largeTie    = 1 << 18
+	largeTie    = 1 << 16
 )
 
 // writePayload writes part of the payload that is next.
@@ -400,7 +404,8 @@ func (w *writer) tie(it *item) {
 	if m.shard != w.shard {
 		tied.Extra.Shard = m.shard
 	}
-	if len(appendTensor(nil, &tied))+24 <= w.entries[it.n] { // 24: the offset is not known yet
+	tied.Offset = farthest(w.source) // at most: it is not known yet
+	if len(appendTensor(nil, &tied))+1 <= w.entries[it.n] {
 		it.entry = tied
 	}
 }

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
+import numpy as np
 import pytest
 
 import bigsmall
@@ -89,13 +93,30 @@ def test_directory(source, tmp_path, capsys) -> None:
     assert run(capsys, "compress", "model", "--force")[0] == 0
     code, _, err = run(capsys, "decompress", "model-bs")
     assert code == 1  # model is still there
-    assert err.startswith("bigsmall: ")
+    assert err.startswith("bigsmall: model")
+    assert " --force" in err
+    assert not re.search("(?<!-)force", err)
     folder.rename(tmp_path / "moved")
     assert run(capsys, "decompress", "model-bs")[0] == 0
     assert tree(folder) == before
     (tmp_path / "model-bs").rename(tmp_path / "other")
     assert run(capsys, "decompress", "other")[0] == 0
     assert tree(tmp_path / "other-safetensors") == before
+
+
+@pytest.mark.parametrize("spelling", [".", "./", ".//", "inner/..", "inner/../", "inner/../."])
+def test_directory_without_a_name(source, tmp_path, capsys, monkeypatch, spelling: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "inner").mkdir(parents=True)
+    source.rename(folder / "model.safetensors")
+    before = tree(folder)
+    monkeypatch.chdir(folder)
+    assert run(capsys, "compress", spelling)[0] == 0
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "model-bs" / "inner").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "model-bs")
+    assert run(capsys, "decompress", spelling)[0] == 0
+    assert tree(folder) == before
 
 
 def test_delta(source, tmp_path, capsys) -> None:
@@ -128,7 +149,7 @@ def test_verify(source, tmp_path, capsys) -> None:
     assert run(capsys, "verify", "model.bs") == (0, "OK\n", "")
     assert run(capsys, "verify", "model.bs", "--source", "model.safetensors") == (0, "OK\n", "")
     tensors = {"w": ("BF16", (300, 300), bfloat16(weights(1, 300, 300))), **every_dtype((4, 8))}
-    write_safetensors(tmp_path / "other.safetensors", tensors)
+    write_safetensors(tmp_path / "other.safetensors", tensors, {"format": "pt"})
     code, out, err = run(capsys, "verify", "model.bs", "--source", "other.safetensors")
     assert (code, err) == (1, "")
     assert out.splitlines()[-1] == "FAIL"
@@ -137,6 +158,25 @@ def test_verify(source, tmp_path, capsys) -> None:
     assert code == 1
     result = json.loads(out)
     assert (result["ok"], result["n_bad"], result["bad"][0]["tensor"]) == (False, 1, "w")
+    assert run(capsys, "verify", "model.bs", "--source", "other.safetensors", "--json", "--quiet")[:2] == (1, out)
+    code, out, err = run(capsys, "verify", "model.bs", "--source", "other.safetensors", "--quiet")
+    assert (code, out) == (1, "")
+    assert ": w: " in err.splitlines()[0]
+    assert err.splitlines()[-1] == "FAIL"
+
+
+def test_verify_of_a_damaged_header(source, tmp_path, capsys) -> None:
+    run(capsys, "compress", "model.safetensors")
+    data = bytearray((tmp_path / "model.bs").read_bytes())
+    data[data.index(b'"bfloat16"') + 1] ^= 1
+    (tmp_path / "model.bs").write_bytes(data)
+    report = bigsmall.verify("model.bs")
+    assert not report
+    assert [bad.tensor for bad in report.bad] == [""]
+    code, out, _ = run(capsys, "verify", "model.bs")
+    assert code == 1
+    assert ": : " not in out
+    assert out.splitlines()[-1] == "FAIL"
 
 
 def test_quiet(source, capsys) -> None:
@@ -180,7 +220,19 @@ def test_errors_are_one_line(source, tmp_path, capsys) -> None:
         assert err.startswith("bigsmall: ")
         assert err.count("\n") == 1
         assert args[1] in err
+        code, out, again = run(capsys, *args, "--json")
+        assert (code, again) == (1, err)
+        error = json.loads(out)["error"]
+        assert error["type"] in dir(bigsmall.errors)
+        assert err == f"bigsmall: {error['message']}\n"
     assert not (tmp_path / "text.bs.bs").exists()
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", str(2**31), "99999999999", "9" * 5000])
+def test_bad_number_of_threads(capsys, number: str) -> None:
+    code, out, err = run(capsys, "info", "a", f"--threads={number}")
+    assert (code, out) == (2, "")
+    assert err.endswith("argument --threads: must be a whole number from 1 to 2147483647\n")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +244,6 @@ def test_errors_are_one_line(source, tmp_path, capsys) -> None:
         ["compress", "a", "b"],
         ["compress", "a", "--storage", "--inference"],
         ["info", "a", "--threads", "0"],
-        ["info", "a", "--threads", "x"],
         ["verify", "a", "--what"],
     ],
 )
@@ -217,6 +268,77 @@ def test_interrupted(source, capsys, monkeypatch) -> None:
     monkeypatch.setattr(api, "_compress", interrupt)
     code, out, err = run(capsys, "compress", "model.safetensors")
     assert (code, out, err) == (130, "", "bigsmall: interrupted\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+def test_handlers_of_others_stay(source, capsys) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN, print):
+            for number in numbers:
+                signal.signal(number, handler)
+            run(capsys, "info", "none.bs")
+            assert [signal.getsignal(number) for number in numbers] == [handler, handler]
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("compress", name) for name in ("SIGINT", "SIGTERM", "SIGHUP")),
+        *(("benchmark", name) for name in ("SIGTERM", "SIGHUP")),
+        ("decompress", "SIGTERM"),
+    ],
+)
+def test_signals_leave_nothing(tmp_path, large, command: str, name: str) -> None:
+    number = getattr(signal, name)
+    source = large[1] if command == "decompress" else large[0]
+    args = [command, str(source), "--threads", "1"]
+    name_of_target = "model.bs"
+    if command != "benchmark":
+        name_of_target = "out"
+        args += ["-o", str(tmp_path / name_of_target)]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    # The handlers are Python's own in the child, whatever this process was started with.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "from bigsmall.cli import main; sys.exit(main())"
+    )
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", code, *args], env=env, stderr=subprocess.PIPE, text=True)
+        try:
+            end = time.monotonic() + 60
+            while process.poll() is None and not any(tmp_path.rglob(f"*{name_of_target}*")):
+                assert time.monotonic() < end
+                time.sleep(0.002)
+            process.send_signal(number)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        if process.returncode != 0:
+            break
+        (tmp_path / name_of_target).unlink(missing_ok=True)  # it was done before the signal came: try again
+    assert (process.returncode, err) == (128 + number, "bigsmall: interrupted\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A file that takes long enough to be interrupted, and its compressed form."""
+    folder = tmp_path_factory.mktemp("large")
+    size = 100 << 20
+    exponents = np.random.default_rng(0).integers(0, 1 << 14, size // 2, dtype=np.uint16) + 0x3800
+    source = write_safetensors(folder / "large.safetensors", {"w": ("BF16", (size // 2,), exponents.tobytes())})
+    bigsmall.compress(source, folder / "large.bs", "inference")
+    yield source, folder / "large.bs"
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def test_as_a_module_and_closed_pipe(source, tmp_path) -> None:

@@ -93,6 +93,14 @@ def test_wrong_arguments(make, tmp_path) -> None:
         bigsmall.compress(source, tmp_path / "x.bs", mode="tiny")
     with raises(errors.INVALID_ARGUMENT, ValueError, "workers"):
         bigsmall.decompress(target, workers=-1)
+    for workers in (2**31, 10**12):
+        with raises(errors.INVALID_ARGUMENT, ValueError, "workers must be from 1 to 2147483647"):
+            bigsmall.decompress(target, workers=workers)
+    for workers in ("2", 1.5):
+        with pytest.raises(TypeError, match=r"workers must be a whole number or None, not '?[12]"):
+            bigsmall.decompress(target, workers=workers)
+    for workers in (np.int16(2), 2**31 - 1):
+        assert set(bigsmall.decompress(target, workers=workers)) == {"weight"}
     with raises(errors.INVALID_ARGUMENT, ValueError, "NUL"):
         bigsmall.info("a\0b")
     with raises(errors.INVALID_ARGUMENT, ValueError, "framework"):
@@ -169,9 +177,6 @@ def read_all(path: Path) -> None:
             v1_file([v1_tensor("weight", codec="telepathy", shape=[4], compressed_bytes=8)], b"12345678"),
             id="codec",
         ),
-        pytest.param(
-            errors.UNSUPPORTED_FEATURE, v1_file([v1_tensor("weight", dtype="float3", codec="zstd")]), id="dtype"
-        ),
     ],
 )
 def test_unsupported(tmp_path, status: int, content: bytes) -> None:
@@ -179,6 +184,14 @@ def test_unsupported(tmp_path, status: int, content: bytes) -> None:
     path.write_bytes(content)
     with raises(status, errors.Unsupported):
         read_all(path)
+
+
+def test_unsupported_dtype(tmp_path) -> None:
+    source = tmp_path / "model.safetensors"
+    header = b'{"weight":{"dtype":"F3_E1M1","shape":[8],"data_offsets":[0,3]}}'
+    source.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    with raises(errors.UNSUPPORTED_FEATURE, errors.Unsupported, "weight.*F3_E1M1"):
+        bigsmall.compress(source, tmp_path / "model.bs")
 
 
 @pytest.mark.parametrize("content", [b"GIF89a" + bytes(100), v1_file([], b"data", header=b"{not json" + bytes(30))])

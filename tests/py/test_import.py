@@ -50,8 +50,8 @@ else:
     raise SystemExit("no error")
 try:
     bigsmall.load
-except ImportError as error:
-    assert "torch" in str(error)
+except ModuleNotFoundError as error:
+    assert "pip install bigsmall[torch]" in str(error) and error.name == "torch"
 else:
     raise SystemExit("no error")
 assert bigsmall.safe_open(sys.argv[1], "np").get_tensor("w").tobytes() == b"a"

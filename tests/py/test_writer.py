@@ -166,8 +166,15 @@ def test_bad_names_and_metadata(tmp_path) -> None:
         bigsmall.save_file({3: array}, tmp_path / "model.bs")
     with pytest.raises(ValueError, match="NUL"):
         bigsmall.save_file({"a\0b": array}, tmp_path / "model.bs")
-    with pytest.raises(ValueError, match="metadata"):
-        bigsmall.save_file({"a": array}, tmp_path / "model.bs", {"epoch": 3})
+    with pytest.raises(ValueError, match=r"the tensor's name 'a\\ud800' is no Unicode text"):
+        bigsmall.save_file({"fine": array, "a\ud800": array}, tmp_path / "model.bs")
+    for metadata in ({"epoch": 3}, {3: "epoch"}, ["epoch"], "epoch", 3):
+        with pytest.raises(ValueError, match="metadata must"):
+            bigsmall.save_file({"a": array}, tmp_path / "model.bs", metadata)
+    with pytest.raises(ValueError, match=r"the metadata key '\\udcff' is no Unicode text"):
+        bigsmall.save_file({"a": array}, tmp_path / "model.bs", {"\udcff": "x"})
+    with pytest.raises(ValueError, match=r"the metadata value of 'key', 'x\\udcff' is no Unicode text"):
+        bigsmall.save_file({"a": array}, tmp_path / "model.bs", {"key": "x\udcff"})
     with pytest.raises(ValueError, match="__metadata__"):
         bigsmall.save_file({"__metadata__": array}, tmp_path / "model.bs")
     assert os.listdir(tmp_path) == []
