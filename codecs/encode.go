@@ -779,8 +779,12 @@ func (e *Encoding) sample() error {
 			gain += one[i][0] - one[i][1]
 		}
 		whole := blockHead + len(raw)
-		// Most weights are noise to zstd: a first part says so.
-		if part := raw[:min(len(raw), 1<<15)]; len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10 {
+		// Most weights are noise to zstd. In a large tensor the beginning of the block says so.
+		part := raw
+		if e.blocks() >= 16 {
+			part = raw[:min(len(raw), 1<<15)]
+		}
+		if len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10 {
 			whole = blockHead + 4 + len(zstdEncode(nil, raw, trialLevel))
 		}
 		mu.Lock()

@@ -8,6 +8,7 @@ of the file, which is another library to the dynamic linker and starts a runtime
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import sys
 import tempfile
@@ -29,6 +30,8 @@ except ImportError as missing:
     ) from missing
 
 _ABI_VERSION = 1
+
+_MOST_WORKERS = 2**31 - 1  # what bs_job has room for
 
 # A call on fewer bytes than this ends so soon (well under a second) that Ctrl-C can wait for it.
 _LONG_CALL_BYTES = 64 << 20
@@ -188,7 +191,15 @@ def path_bytes(path: str | os.PathLike[str]) -> bytes:
 
 def name_bytes(name: str) -> bytes:
     """A tensor's name as the library takes it. ValueError where it contains a NUL or is no Unicode text."""
-    return _c_string(name.encode("utf-8"), "a tensor's name")
+    return _c_string(utf8(name, "the tensor's name"), "a tensor's name")
+
+
+def utf8(text: str, what: str) -> bytes:
+    """The text's bytes. ValueError, with the words `what`, where it has a lone surrogate."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise errors.InvalidArgument(f"{what} {text!r} is no Unicode text: it has a lone surrogate") from None
 
 
 def _c_string(encoded: bytes, what: str) -> bytes:
@@ -244,18 +255,31 @@ def default_workers() -> int:
     return max(1, count)
 
 
+def _checked_workers(workers: int | None) -> int:
+    """The threads to use. TypeError where that is no whole number, ValueError where it is out of bounds."""
+    if workers is None:
+        return default_workers()
+    try:
+        count = operator.index(workers)
+    except TypeError:
+        raise TypeError(f"workers must be a whole number or None, not {workers!r}") from None
+    if not 0 <= count <= _MOST_WORKERS:
+        raise errors.InvalidArgument(
+            f"workers must be from 1 to {_MOST_WORKERS}, or 0 or None for the default, not {count}"
+        )
+    return count or default_workers()
+
+
 class _Job:
     """A bs_job and the counters that it points to."""
 
     def __init__(self, workers: int | None) -> None:
-        if workers is not None and workers < 0:
-            raise errors.InvalidArgument(f"workers must be at least 1, or 0 or None for the default, not {workers}")
         self.cancel = ffi.new("int32_t *")
         self.done = ffi.new("int64_t *")
         self.total = ffi.new("int64_t *")
         self.struct = ffi.new("bs_job *")
         self.struct.size = ffi.sizeof("bs_job")
-        self.struct.workers = workers or default_workers()
+        self.struct.workers = _checked_workers(workers)
         self.struct.cancel = self.cancel
         self.struct.done = self.done
         self.struct.total = self.total

@@ -293,10 +293,11 @@ def verify(
     progress: bool = False,
 ) -> VerifyReport:
     """Decodes everything and checks every checksum and MD5; with `source`, a `.safetensors` file or directory, compares
-    every tensor with it too. The report is false, and lists what is bad, where anything is damaged or different.
+    every tensor with it too. Of a directory every `.bs` file below it is checked. The report is false, and lists what
+    is bad, where anything is damaged or different; a damaged header is a problem with an empty tensor name.
 
-    Raises only where the file cannot be read at all (OSError), is none of ours or has a damaged header (Corrupt,
-    Truncated, Unsupported), or needs another base (WrongBase).
+    Raises only where the file cannot be read at all (OSError), is none of ours (Corrupt, Truncated) or needs a newer
+    release (Unsupported) or another base (WrongBase).
     """
     ffi, lib = _native.library()
     result = ffi.new("bs_verify_result *")

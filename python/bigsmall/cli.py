@@ -1,44 +1,100 @@
 """The command `bigsmall`.
 
-Exit codes: 0 done, 1 failed (and for verify: something is bad), 2 wrong usage, 130 on Ctrl-C. Results go to standard
-output, errors as one line to standard error.
+Exit codes: 0 done, 1 failed (and for verify: something is bad), 2 wrong usage, 128 + N where signal N stopped it, such
+as 130 on Ctrl-C. Results go to standard output, errors as one line to standard error; with --json a failure is an
+object on standard output too: {"error": {"type": ..., "message": ...}}.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
+import re
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bigsmall import errors
 
 _RUNS = 3  # of each measurement of `benchmark`
+_MOST_THREADS = 2**31 - 1
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the process to end. To all else this is Ctrl-C: work under way stops and cleans up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code. Wrong usage ends in SystemExit(2), as argparse does it."""
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("bigsmall: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        with _signals_interrupt():
+            code = _run(args)
+            sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("bigsmall: interrupted", file=sys.stderr)
+        return 128 + number
+    except OSError:
         # The reader of our output went away, such as `head`. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the subcommand and reports its failure. OSError where standard output takes no more."""
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except (errors.BigSmallError, OSError, ImportError, MemoryError) as error:
-        text = str(error) or type(error).__name__
-        print("bigsmall: " + " ".join(text.split()), file=sys.stderr)
+        kind = type(error).__name__
+        text = " ".join((str(error) or kind).split())
+        print(f"bigsmall: {text}", file=sys.stderr)
+        if _option(args, "json"):
+            print(json.dumps({"error": {"type": kind, "message": text}}))
         return 1
     return code
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise _Stopped, which else would end the process and leave temporary files behind."""
+    stopped = False
+
+    def stop(number: int, _: Any) -> None:
+        nonlocal stopped
+        if not stopped:  # a second one must not disturb the cleaning up
+            stopped = True
+            raise _Stopped(number)
+
+    changed = []
+    if threading.current_thread() is threading.main_thread():  # Python lets no other one set handlers
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+            # One that is ignored, as by nohup, or handled by the caller of main() stays so.
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, stop)
+                changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,10 +156,10 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
 
 
 def _threads(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    with contextlib.suppress(ValueError):
+        if 1 <= (number := int(text)) <= _MOST_THREADS:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST_THREADS}")
 
 
 class _Version(argparse.Action):
@@ -137,10 +193,22 @@ def _without_suffix(path: str, suffix: str) -> str:
     return path[: -len(suffix)] if path.endswith(suffix) and os.path.basename(path) != suffix else path
 
 
-def _no_replace(error: FileExistsError, dst: str) -> errors.BigSmallError:
-    made = errors.from_status(errors.IO, f"{dst} exists; pass -o to replace it", error.errno or 0, [dst])
-    made.__cause__ = error
-    return made
+def _resolved(src: str) -> str:
+    """The path that the name of a default output is made from: without slashes at its end, and with a name."""
+    trimmed = src.rstrip("/" + os.sep) or src
+    return os.path.realpath(trimmed) if os.path.basename(trimmed) in (".", "..") else trimmed
+
+
+def _exists(error: FileExistsError, args: argparse.Namespace, dst: str) -> Exception:
+    """The error that `dst` exists, in words of this command's options."""
+    if os.path.isdir(args.src):
+        before, path, after = str(error).rpartition(dst)
+        text = before + path + re.sub(r"(?<!-)\bforce\b", "--force", after)
+    elif args.output is None:
+        text = f"{dst} exists; pass -o to replace it"
+    else:
+        return error
+    return errors.from_status(errors.IO, text, errno.EEXIST, [dst])
 
 
 # ---- subcommands -----------------------------------------------------------------------------------------------------
@@ -152,7 +220,7 @@ def _compress(args: argparse.Namespace) -> int:
     src = args.src
     dst = args.output
     if dst is None:
-        trimmed = src.rstrip("/" + os.sep) or src
+        trimmed = _resolved(src)
         dst = f"{trimmed}-bs" if os.path.isdir(src) else _without_suffix(trimmed, ".safetensors") + ".bs"
     start = time.perf_counter()
     try:
@@ -168,7 +236,7 @@ def _compress(args: argparse.Namespace) -> int:
             progress=_progress(args),
         )
     except FileExistsError as error:
-        raise (_no_replace(error, dst) if args.output is None and not os.path.isdir(src) else error) from None
+        raise _exists(error, args, dst) from error
     elapsed = time.perf_counter() - start
     source, output = result["source_bytes"], result["output_bytes"]
     percent = 100 * output / source if source else 100.0
@@ -199,7 +267,7 @@ def _decompress(args: argparse.Namespace) -> int:
     src = args.src
     dst = args.output
     if dst is None:
-        trimmed = src.rstrip("/" + os.sep) or src
+        trimmed = _resolved(src)
         if os.path.isdir(src):
             dst = _without_suffix(trimmed, "-bs") if trimmed.endswith("-bs") else f"{trimmed}-safetensors"
         else:
@@ -216,7 +284,7 @@ def _decompress(args: argparse.Namespace) -> int:
             progress=_progress(args),
         )
     except FileExistsError as error:
-        raise (_no_replace(error, dst) if args.output is None and not os.path.isdir(src) else error) from None
+        raise _exists(error, args, dst) from error
     elapsed = time.perf_counter() - start
     _say(
         args,
@@ -248,7 +316,8 @@ def _verify(args: argparse.Namespace) -> int:
     report = api.verify(
         args.src, args.source, base=args.base, workers=_option(args, "threads"), progress=_progress(args)
     )
-    lines = [f"{bad.file}: {bad.tensor}: {bad.problem}" for bad in report.bad]
+    # What is wrong with a whole file has no tensor.
+    lines = [": ".join(part for part in (bad.file, bad.tensor, bad.problem) if part) for bad in report.bad]
     if report.n_bad > len(report.bad):
         lines.append(f"and {report.n_bad - len(report.bad)} more")
     lines.append("OK" if report else "FAIL")
@@ -263,6 +332,8 @@ def _verify(args: argparse.Namespace) -> int:
             "bad": [{"file": bad.file, "tensor": bad.tensor, "problem": bad.problem} for bad in report.bad],
         },
     )
+    if not report and _option(args, "quiet") and not _option(args, "json"):
+        print(*lines, sep="\n", file=sys.stderr)
     return 0 if report else 1
 
 

@@ -201,7 +201,7 @@ def _restore(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, A
     return error
 
 
-def as_safetensors(error: BigSmallError) -> BaseException:
+def as_safetensors(error: Exception) -> BaseException:
     """The same error, which code written for safetensors catches as safetensors.SafetensorError."""
     args = error.args
     if isinstance(error, OSError) and error.filename is not None:

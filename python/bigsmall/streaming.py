@@ -24,11 +24,12 @@ _FRAMEWORKS = {"pt": "torch", "torch": "torch", "pytorch": "torch", "np": "numpy
 
 
 @contextlib.contextmanager
-def _safetensors_errors() -> Iterator[None]:
-    """Lets our errors out as ones that code written for safetensors catches."""
+def _safetensors_errors(*more: type[Exception]) -> Iterator[None]:
+    """Lets our errors, and those of the classes `more`, out as ones that code written for safetensors catches."""
+    caught: tuple[type[Exception], ...] = (errors.BigSmallError, *more)
     try:
         yield
-    except errors.BigSmallError as error:
+    except caught as error:
         raise errors.as_safetensors(error) from error
 
 
@@ -37,15 +38,15 @@ class safe_open:
 
     filename  : `.bs` file or directory
     framework : "pt" for torch tensors, "np" for numpy arrays (bfloat16 and float8 as dtypes of ml_dtypes)
-    device    : of torch tensors, as a string or a CUDA index
+    device    : of torch tensors, as a string or a CUDA index; None for the CPU
+    backend   : accepted as by safetensors.safe_open, without effect
     base      : the base model where the file is a delta
     workers   : threads of a decode, None for all available
 
-    Other keywords of safetensors.safe_open, such as `backend`, are accepted and have no effect. Works as a context
-    manager and without; may be used from many threads at once, and in children of fork().
+    Works as a context manager and without; may be used from many threads at once, and in children of fork().
 
-    All errors but those of an index are safetensors.SafetensorError too, where safetensors is installed. A missing file
-    is a FileNotFoundError.
+    All errors are safetensors.SafetensorError too, where safetensors is installed, but those of an index that torch
+    refuses (IndexError, ValueError, TypeError). A missing file is a FileNotFoundError.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class safe_open:
         framework: str,
         device: Any = "cpu",
         *,
+        backend: str | None = None,
         base: str | os.PathLike[str] | None = None,
         workers: int | None = None,
-        **_: Any,
     ) -> None:
         self._reader: Reader | None = None
         with _safetensors_errors():
@@ -113,8 +114,6 @@ class safe_open:
             return TensorSlice(reader, self._find(reader, name), self._framework)
 
     def __enter__(self) -> safe_open:
-        with _safetensors_errors():
-            self._opened()
         return self
 
     def __exit__(
@@ -158,7 +157,7 @@ class TensorSlice:
             return self._framework.module.empty(self._tensor, (0,)).dtype
 
     def __getitem__(self, index: Any) -> Any:
-        with _safetensors_errors():
+        with _safetensors_errors(*self._framework.index_errors):
             packed = self._tensor.dtype in PACKED
             shape = self._reader.logical_shape(self._tensor)
             if _slices.is_basic(index):
@@ -200,13 +199,17 @@ class _Framework:
         self.workers = workers
         self.module: Any
         self.device: Any = None
+        # What is a SafetensorError too where an index raises it: safetensors slices for numpy by itself, and leaves it
+        # to torch otherwise.
+        self.index_errors: tuple[type[Exception], ...] = ()
         if kind == "numpy":
+            self.index_errors = (IndexError, ValueError)
             self.module = importlib.import_module("bigsmall.numpy")
             return
         try:
             self.module = importlib.import_module("bigsmall.torch")
         except ModuleNotFoundError as error:
-            raise errors.Unsupported(f"framework pt needs torch, which is not installed: {error}") from error
+            raise errors.Unsupported(f"framework pt: {error}") from error
         self.device = self.module.open_device(device)
 
     def read(self, reader: Reader, tensors: Sequence[TensorInfo]) -> dict[str, Any]:

@@ -6,11 +6,18 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from bigsmall import errors
 from bigsmall._dtypes import BY_NAME, F6_E2M3, F6_E3M2, DType
 from bigsmall.reader import Destination, Reader, TensorInfo, split_by_bytes
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":  # it is there but lacks something itself
+        raise
+    raise ModuleNotFoundError(
+        "this needs torch, which is not installed: pip install bigsmall[torch]", name="torch"
+    ) from missing
 
 # First torch release with each dtype that 2.0 lacks.
 _SINCE = {
@@ -64,10 +71,10 @@ def stand_in(shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros((), dtype=torch.uint8).expand(tuple(shape))
 
 
-def open_device(device: str | int | torch.device) -> torch.device:
-    """The device that safe_open is given; InvalidArgument where torch knows none of that name."""
+def open_device(device: str | int | torch.device | None) -> torch.device:
+    """The device that safe_open is given, None for the CPU; InvalidArgument where torch knows none of that name."""
     try:
-        target = torch.device(device)
+        target = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise errors.InvalidArgument(f"device {device} is invalid: {error}") from error
     if target.type == "meta":

@@ -156,8 +156,12 @@ class Writer:
 def _metadata_bytes(metadata: Mapping[str, str] | None) -> Any:
     if metadata is None:
         return _native.library().ffi.NULL
+    if not isinstance(metadata, Mapping):
+        raise errors.InvalidArgument(f"metadata must be a dict of strings to strings, not a {type(metadata).__name__}")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise errors.InvalidArgument(f"metadata must map strings to strings, but {key!r} is {value!r}")
+        _native.utf8(key, "the metadata key")
+        _native.utf8(value, f"the metadata value of {key!r},")
     # NUL becomes \u0000 here, so the text can end with one.
     return json.dumps(dict(metadata), ensure_ascii=False).encode("utf-8")
