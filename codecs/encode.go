@@ -778,13 +778,14 @@ func (e *Encoding) sample() error {
 			one[i][1] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, true, trialLevel, s))
 			gain += one[i][0] - one[i][1]
 		}
+		// Most weights are noise to zstd: in a large tensor the beginning of the block says so.
 		whole := blockHead + len(raw)
-		// Most weights are noise to zstd. In a large tensor the beginning of the block says so.
-		part := raw
+		promising := true
 		if e.blocks() >= 16 {
-			part = raw[:min(len(raw), 1<<15)]
+			part := raw[:min(len(raw), 1<<15)]
+			promising = len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10
 		}
-		if len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10 {
+		if promising {
 			whole = blockHead + 4 + len(zstdEncode(nil, raw, trialLevel))
 		}
 		mu.Lock()
