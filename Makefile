@@ -110,6 +110,7 @@ check: $(VENV_CHECK)/.requirements
 	go mod tidy -diff
 	CGO_ENABLED=0 GOARCH=arm64 go build ./core/... ./codecs/...
 	scripts/check_header.sh
+	go test -run TestImportsGoOneWay ./tests/go
 	$(RUFF) check $(RUFF_CONFIG) $(PY_FOLDERS)
 	$(RUFF) format --check $(RUFF_CONFIG) $(PY_FOLDERS)
 	cd python && ../$(VENV_CHECK)/bin/mypy

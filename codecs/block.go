@@ -509,7 +509,7 @@ func (f *Format) coders(i, group int, plans []plan) []*rans.Encoder {
 }
 
 // encode prepares the tables for encoding values of symBits.
-func (m *model) encode(symBits uint) []*rans.Encoder {
+func (m *tableSet) encode(symBits uint) []*rans.Encoder {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.encoders == nil {

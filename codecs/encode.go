@@ -93,7 +93,7 @@ func (e *Encoding) GroupBytes(g int) int64 {
 // HeadLen is the length of the head, known before any block is encoded.
 func (e *Encoding) HeadLen() int { return e.headLen }
 
-// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a model.
+// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a set.
 func MaxHead(bytes int64) int64 {
 	return 1024 + min(bytes, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/4096
 }
@@ -498,7 +498,7 @@ func (e *Encoding) analyseFields(exp uint) error {
 	}
 	with := *e
 	with.fields, with.sym, with.mant, with.plans = slices.Clone(e.fields), slices.Clone(e.sym), slices.Clone(e.mant), slices.Clone(e.plans)
-	if err := with.modelMantissa(exp, topSets, alphabet); err != nil || with.mant[0] == nil {
+	if err := with.codeMantissa(exp, topSets, alphabet); err != nil || with.mant[0] == nil {
 		return err
 	}
 	if err := with.sample(); err != nil {
@@ -557,7 +557,7 @@ func (e *Encoding) addField(f planes.Field, sets [][]uint64, alphabet int) {
 		tables, cost, p.rans = nil, e.words*8*rans.LogOne, false
 	}
 	e.fields = append(e.fields, f)
-	e.sym = append(e.sym, &model{tables: tables, choice: make([]uint8, e.groups())})
+	e.sym = append(e.sym, &tableSet{tables: tables, choice: make([]uint8, e.groups())})
 	e.mant = append(e.mant, nil)
 	e.plans = append(e.plans, p)
 	e.bits += cost + e.words*uint64(f.Rest)*rans.LogOne
@@ -644,9 +644,9 @@ func entropy(counts []uint64) (cost uint64, any bool) {
 	return cost + total*rans.Log2(total) - logs, total > 0
 }
 
-// modelMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays: below the symbol that
+// codeMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays: below the symbol that
 // was chosen, or a shorter one.
-func (e *Encoding) modelMantissa(exp uint, sets func(planes.Field) [][]uint64, alphabet int) error {
+func (e *Encoding) codeMantissa(exp uint, sets func(planes.Field) [][]uint64, alphabet int) error {
 	chosen := e.fields[0]
 	_, _, alone := cluster(sets(chosen), alphabet)
 	alone += e.words * uint64(chosen.Rest) * rans.LogOne
@@ -667,7 +667,7 @@ func (e *Encoding) modelMantissa(exp uint, sets func(planes.Field) [][]uint64, a
 			best = cost
 			tables, _, _ := cluster(sets(f), alphabet)
 			e.fields[0], e.mant[0] = *c, mant
-			e.sym[0] = &model{tables: tables, choice: make([]uint8, e.groups())}
+			e.sym[0] = &tableSet{tables: tables, choice: make([]uint8, e.groups())}
 			e.plans[0] = plan{rans: true}
 		}
 	}
@@ -677,9 +677,9 @@ func (e *Encoding) modelMantissa(exp uint, sets func(planes.Field) [][]uint64, a
 	return nil
 }
 
-// tryMantissa is what modelMantissa would make of one field, and what that would take. It is nil where nothing is there
-// to model.
-func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint64, alphabet int) (*planes.Field, *model, uint64, error) {
+// tryMantissa is what codeMantissa would make of one field, and what that would take. It is nil where nothing is there
+// to code.
+func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint64, alphabet int) (*planes.Field, *tableSet, uint64, error) {
 	m := f.Rest
 	if f.Rotate {
 		m-- // the sign stays raw
@@ -707,11 +707,7 @@ func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint6
 				counts[int(v>>shift)*size+int(mant[i])]++
 			}
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		for i, c := range counts {
-			all[i] += uint64(c)
-		}
+		addCounts(&mu, all, counts)
 		return nil
 	})
 	if err != nil {
@@ -730,7 +726,16 @@ func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint6
 		return nil, nil, 0, nil
 	}
 	cost += symCost + (classCount*4+uint64(e.blocks())*planeHead*8+e.words*uint64(split.Rest))*rans.LogOne
-	return &split, &model{tables: tables, classes: (*[classCount]uint8)(of)}, cost, nil
+	return &split, &tableSet{tables: tables, classes: (*[classCount]uint8)(of)}, cost, nil
+}
+
+// addCounts adds what one goroutine counted.
+func addCounts(mu *sync.Mutex, all []uint64, counts []uint32) {
+	mu.Lock()
+	defer mu.Unlock()
+	for i, c := range counts {
+		all[i] += uint64(c)
+	}
 }
 
 // sampleBlocks are the blocks on which alternatives are tried: up to four, evenly spread.
@@ -885,11 +890,7 @@ func NewDelta(t *Tensor) (*Encoding, error) {
 				counts[int(uint8(from[i]>>shift))*lengths+int(v)]++
 			}
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		for i, c := range counts {
-			all[i] += uint64(c)
-		}
+		addCounts(&mu, all, counts)
 		return nil
 	})
 	if err != nil {
@@ -904,7 +905,7 @@ func NewDelta(t *Tensor) (*Encoding, error) {
 	}
 	tables, of, cost := cluster(sets, rans.AliasSymbols)
 	e.bits += cost + (classCount*4+uint64(e.blocks())*rans.StateBytes*8)*rans.LogOne
-	e.sym, e.mant = []*model{{tables: tables, classes: (*[classCount]uint8)(of)}}, []*model{nil}
+	e.sym, e.mant = []*tableSet{{tables: tables, classes: (*[classCount]uint8)(of)}}, []*tableSet{nil}
 	if e.bits >= alone.bits {
 		return alone, nil
 	}

@@ -40,8 +40,8 @@ const (
 	endTransform
 )
 
-// A model is a set of tables for one string of symbols, chosen by group (classes nil) or by class of each symbol.
-type model struct {
+// A tableSet is the frequency tables for one string of symbols, chosen by group (classes nil) or by class of each symbol.
+type tableSet struct {
 	tables  []*rans.Table
 	classes *[classCount]uint8
 	choice  []uint8 // per group, where classes is nil
@@ -52,7 +52,7 @@ type model struct {
 	encoders []*rans.Encoder
 }
 
-func (m *model) expand() []*rans.Decoder {
+func (m *tableSet) expand() []*rans.Decoder {
 	m.once.Do(func() {
 		m.decoders = make([]*rans.Decoder, len(m.tables))
 		for i, t := range m.tables {
@@ -72,8 +72,8 @@ type Format struct {
 	float     bool   // BaseDiff: words are floats, with the sign on top
 	fields    []planes.Field
 	palette   []uint64
-	sym       []*model // one a field; BaseDiff has one without a field
-	mant      []*model // one a field, nil where the field has no mant part
+	sym       []*tableSet // one a field; BaseDiff has one without a field
+	mant      []*tableSet // one a field, nil where the field has no mant part
 }
 
 // width is the number of bits of a word once it is transformed.
@@ -142,7 +142,7 @@ func (f *Format) appendHead(dst []byte, index []indexItem) []byte {
 	return pad(dst, start, 8)
 }
 
-func (m *model) append(dst []byte) []byte {
+func (m *tableSet) append(dst []byte) []byte {
 	for _, t := range m.tables {
 		dst = t.Append(dst)
 	}
@@ -270,14 +270,14 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 }
 
 func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
-	nModels := nFields
+	nSets := nFields
 	if f.transform == BaseDiff {
-		nModels = 1
+		nSets = 1
 	}
-	if len(body) < nModels*fieldHead+nPalette*f.word {
+	if len(body) < nSets*fieldHead+nPalette*f.word {
 		return corrupt("head of %d bytes is too short for %d fields", len(body), nFields)
 	}
-	heads, rest := body[:nModels*fieldHead], body[nModels*fieldHead:]
+	heads, rest := body[:nSets*fieldHead], body[nSets*fieldHead:]
 	covered := uint64(0)
 	for i := range nFields {
 		h := heads[fieldHead*i:]
@@ -306,12 +306,12 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 		}
 		f.palette = append(f.palette, v)
 	}
-	for i := range nModels {
+	for i := range nSets {
 		h := heads[fieldHead*i:]
 		var err error
-		var m *model
+		var m *tableSet
 		// Bit lengths are chosen by class of the base's word, everything else by group.
-		if m, rest, err = f.parseModel(rest, int(h[5]), f.symBits(i), f.transform == BaseDiff); err != nil {
+		if m, rest, err = f.parseTables(rest, int(h[5]), f.symBits(i), f.transform == BaseDiff); err != nil {
 			return err
 		}
 		f.sym, f.mant = append(f.sym, m), append(f.mant, nil)
@@ -325,7 +325,7 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 			return corrupt("field %d has %d mantissa bits and %d tables for them", i, f.fields[i].Mant, h[6])
 		}
 		if h[6] > 0 {
-			if m, rest, err = f.parseModel(rest, int(h[6]), uint(f.fields[i].Mant), true); err != nil {
+			if m, rest, err = f.parseTables(rest, int(h[6]), uint(f.fields[i].Mant), true); err != nil {
 				return err
 			}
 			f.mant[i] = m
@@ -342,11 +342,11 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 	return nil
 }
 
-func (f *Format) parseModel(src []byte, n int, symBits uint, byClass bool) (*model, []byte, error) {
+func (f *Format) parseTables(src []byte, n int, symBits uint, byClass bool) (*tableSet, []byte, error) {
 	if n > MaxTables {
 		return nil, nil, corrupt("%d tables", n)
 	}
-	m := &model{}
+	m := &tableSet{}
 	for range n {
 		t, rest, err := rans.ParseTable(src, symBits)
 		if err != nil {
