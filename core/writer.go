@@ -102,16 +102,17 @@ func (t *temporary) publish() error {
 		err = e
 	}
 	if err == nil && t.noReplace {
-		// Unlike a rename, a link never replaces; file systems without links get the check alone.
-		if err = os.Link(t.Name(), t.target); os.IsExist(err) {
-			os.Remove(t.Name())
-			return err
-		} else if err == nil {
+		// Unlike a rename, a link never replaces; file systems without links get another look instead.
+		if err = os.Link(t.Name(), t.target); err == nil || os.IsExist(err) {
 			os.Remove(t.Name())
 			syncDir(t.target)
-			return nil
+			return err
 		}
-		err = nil
+		if _, err = os.Lstat(t.target); err == nil {
+			err = &Error{Status: IO, File: t.target, Msg: "exists already", Err: os.ErrExist}
+		} else if os.IsNotExist(err) {
+			err = nil
+		}
 	}
 	if err == nil {
 		err = os.Rename(t.Name(), t.target)

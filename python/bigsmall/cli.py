@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -39,6 +40,9 @@ class _Stopped(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code. Wrong usage ends in SystemExit(2), as argparse does it."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text; a message about it must come out all the same
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _signals_interrupt():
             code = _run(args)
