@@ -66,6 +66,17 @@ func openBase(path string) (*base, error) {
 	return b, nil
 }
 
+// folderBase is the base for a folder of a tree: the folder of that name in it, else all of it.
+func folderBase(basePath, dir string) string {
+	if basePath == "" {
+		return ""
+	}
+	if info, err := os.Stat(filepath.Join(basePath, dir)); err == nil && info.IsDir() {
+		return filepath.Join(basePath, dir)
+	}
+	return basePath
+}
+
 // isSafetensors looks at the first bytes rather than at the name.
 func isSafetensors(path string) bool {
 	f, _, err := openRegular(path)

@@ -379,7 +379,7 @@ func compressTree(src, basePath, dst string, opts Options, p *pool) (res Result,
 			if err != nil {
 				return err
 			}
-			res = Result{res.SourceBytes + r.SourceBytes, res.OutputBytes + r.OutputBytes, res.Tensors + r.Tensors, res.Files + r.Files}
+			res.add(r)
 		}
 		return nil
 	})
@@ -435,11 +435,7 @@ func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (
 	}
 	var b *base
 	if basePath != "" && len(shards) > 0 {
-		path := basePath
-		if info, err := os.Stat(filepath.Join(basePath, dir)); err == nil && info.IsDir() {
-			path = filepath.Join(basePath, dir)
-		}
-		if b, err = openBase(path); err != nil {
+		if b, err = openBase(folderBase(basePath, dir)); err != nil {
 			return res, err
 		}
 		defer b.Close()
@@ -460,7 +456,7 @@ func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (
 			return res, err
 		}
 		done = append(done, name)
-		res = Result{res.SourceBytes + r.SourceBytes, res.OutputBytes + r.OutputBytes, res.Tensors + r.Tensors, res.Files + r.Files}
+		res.add(r)
 	}
 	if len(indexes) == 0 {
 		return res, nil

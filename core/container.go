@@ -286,7 +286,7 @@ func (c *container) checkHeader(t *trailer) error {
 	}
 	if !ours && t == nil && len(h.Tensors) > 0 {
 		x := h.Tensors[0]
-		return &Error{Status: UnsupportedCodec, Tensor: x.Name, Msg: failf(0, "codec %q, written by %s, is unknown to BigSmall %s", x.Codec, c.writerName(), Version).Msg}
+		return at(failf(UnsupportedCodec, "codec %q, written by %s, is unknown to BigSmall %s", x.Codec, c.writerName(), Version), "", x.Name)
 	}
 	if t == nil {
 		return failf(Truncated, "the file does not end with a trailer: it is incomplete or damaged at its end; fetch it again")

@@ -15,6 +15,9 @@ import (
 // the target appears. basePath is the base model of a delta, or "".
 func Decompress(src, dst, basePath string, opts Options, job *Job) (Result, error) {
 	p := newPool(job)
+	if err := notTheBase(dst, basePath); err != nil {
+		return Result{}, err
+	}
 	info, err := os.Stat(src)
 	if err != nil {
 		return Result{}, inFile(err, src)
@@ -29,9 +32,6 @@ func Decompress(src, dst, basePath string, opts Options, job *Job) (Result, erro
 func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool) (res Result, err error) {
 	if sameFile(src, dst) {
 		return res, failf(InvalidArgument, "%s and %s are the same file", src, dst)
-	}
-	if err := notTheBase(dst, basePath); err != nil {
-		return res, err
 	}
 	r, err := Open(src, basePath)
 	if err != nil {
@@ -85,7 +85,7 @@ func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool
 			return res, inFile(err, dst)
 		}
 		if sum := h.Sum(nil); !bytes.Equal(sum, c.sha256) {
-			return res, &Error{Status: Checksum, File: src, Msg: failf(0, "SHA-256 of the restored file is %x, not %x", sum, c.sha256).Msg}
+			return res, inFile(failf(Checksum, "SHA-256 of the restored file is %x, not %x", sum, c.sha256), src)
 		}
 	}
 	published = true
@@ -123,18 +123,10 @@ func (r *Reader) streamAll(p *pool, sink func(i int, off int64, b []byte) error,
 		}
 		return err
 	}
-	for first := 0; first < len(r.tensors); {
-		n, sum := first, int64(0)
-		for n < len(r.tensors) && (n == first || sum+r.tensors[n].entry.bytes <= smallTensor) {
-			sum += r.tensors[n].entry.bytes
-			n++
-		}
-		if err := p.run(n-first, func(i int, _ *codecs.Scratch) error { return one(first + i) }); err != nil {
-			return err
-		}
-		first = n
-	}
-	return nil
+	size := func(i int) int64 { return r.tensors[i].entry.bytes }
+	return batches(len(r.tensors), size, func(lo, hi int) error {
+		return p.run(hi-lo, func(i int, _ *codecs.Scratch) error { return one(lo + i) })
+	})
 }
 
 // stream decodes tensor i piece by piece.
@@ -202,9 +194,6 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 	if !found {
 		return res, failf(InvalidArgument, "%s holds no %s file", src, ourExt)
 	}
-	if err := notTheBase(dst, basePath); err != nil {
-		return res, err
-	}
 	if err := t.check(src, p); err != nil {
 		return res, err
 	}
@@ -218,15 +207,11 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 			in, out := filepath.Join(src, f), filepath.Join(tmp, f)
 			switch {
 			case strings.HasSuffix(f, ourExt):
-				b := basePath
-				if info, err := os.Stat(filepath.Join(basePath, filepath.Dir(f))); basePath != "" && err == nil && info.IsDir() {
-					b = filepath.Join(basePath, filepath.Dir(f))
-				}
-				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, b, Options{NoReplace: true}, false, p)
+				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, folderBase(basePath, filepath.Dir(f)), Options{NoReplace: true}, false, p)
 				if err != nil {
 					return err
 				}
-				res = Result{res.SourceBytes + r.SourceBytes, res.OutputBytes + r.OutputBytes, res.Tensors + r.Tensors, res.Files + r.Files}
+				res.add(r)
 			case filepath.Base(f) == IndexName:
 				if err := restoreIndexes(in, filepath.Dir(out)); err != nil {
 					return err

@@ -55,9 +55,9 @@ func Open(path, basePath string) (*Reader, error) {
 	if err != nil {
 		return nil, inFile(err, path)
 	}
-	names := []string{path}
+	names, index := []string{path}, &shardIndex{}
 	if info.IsDir() {
-		if names, err = shardFiles(path); err != nil {
+		if names, index, err = shardFiles(path); err != nil {
 			return nil, err
 		}
 	}
@@ -69,8 +69,11 @@ func Open(path, basePath string) (*Reader, error) {
 	if err == nil {
 		err = r.index(filepath.Dir(names[0]))
 	}
-	if err == nil && info.IsDir() {
-		err = r.checkIndex(path)
+	if err == nil {
+		err = index.check(filepath.Join(path, IndexName), func(shard, tensor string) bool {
+			i, ok := r.byName[tensor]
+			return ok && filepath.Base(r.tensors[i].file.name) == shard
+		})
 	}
 	if err == nil && basePath != "" {
 		r.base, err = openBase(basePath)
@@ -128,65 +131,40 @@ func (r *Reader) index(dir string) error {
 	return nil
 }
 
-// shardFiles are the `.bs` files of a directory: those that its index lists, else all of them.
-func shardFiles(dir string) ([]string, error) {
+// shardFiles are the `.bs` files of a directory, those that its index lists, else all of them, and the index.
+func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 	text, err := os.ReadFile(filepath.Join(dir, IndexName))
-	index := &shardIndex{}
+	index = &shardIndex{}
 	if err == nil {
 		if index, err = parseIndex(text); err != nil {
-			return nil, inFile(err, filepath.Join(dir, IndexName))
+			return nil, nil, inFile(err, filepath.Join(dir, IndexName))
 		}
 	}
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(index.shards()) == 0 {
 		all, err := os.ReadDir(dir)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		var names []string
 		for _, e := range all {
 			if strings.HasSuffix(e.Name(), ".bs") && !strings.HasPrefix(e.Name(), ".") {
 				names = append(names, filepath.Join(dir, e.Name()))
 			}
 		}
 		if len(names) == 0 {
-			return nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file itself; name the folder in it that does", Err: os.ErrNotExist}
+			return nil, nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file itself; name the folder in it that does", Err: os.ErrNotExist}
 		}
-		return names, nil
+		return names, index, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var names []string
 	for _, s := range index.shards() {
 		if filepath.Base(s) != s || s == ".." || s == "." {
-			return nil, &Error{Status: Corrupt, File: filepath.Join(dir, IndexName), Msg: fmt.Sprintf("shard %q is no plain file name", s)}
+			return nil, nil, &Error{Status: Corrupt, File: filepath.Join(dir, IndexName), Msg: fmt.Sprintf("shard %q is no plain file name", s)}
 		}
 		names = append(names, filepath.Join(dir, s))
 	}
-	return names, nil
-}
-
-// checkIndex makes sure that the shards of a directory hold what its index says.
-func (r *Reader) checkIndex(dir string) error {
-	name := filepath.Join(dir, IndexName)
-	text, err := os.ReadFile(name)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	index, err := parseIndex(text)
-	if err != nil {
-		return inFile(err, name)
-	}
-	for t, shard := range index.WeightMap {
-		i, ok := r.byName[t]
-		if !ok || filepath.Base(r.tensors[i].file.name) != shard {
-			return &Error{Status: Corrupt, File: name, Tensor: t, Msg: fmt.Sprintf("should be in %s and is not: a shard is of another model or version", shard)}
-		}
-	}
-	return nil
+	return names, index, nil
 }
 
 // Close frees the files. Nothing else may use the reader any more.

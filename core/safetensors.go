@@ -120,13 +120,11 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 			return nil, &Error{Status: UnsupportedFeature, Tensor: name, Msg: "dtype " + x.DType + " is unknown to this version"}
 		}
 		if x.Offsets[0] > x.Offsets[1] || x.Offsets[1] > limit {
-			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: failf(0,
-				"data_offsets [%d, %d] with %d data bytes in the file", x.Offsets[0], x.Offsets[1], data).Msg}
+			return nil, at(failf(InvalidArgument, "data_offsets [%d, %d] with %d data bytes in the file", x.Offsets[0], x.Offsets[1], data), "", name)
 		}
 		n, ok := byteSize(*x.Shape, dt.Bits())
 		if !ok || n != x.Offsets[1]-x.Offsets[0] {
-			return nil, &Error{Status: InvalidArgument, Tensor: name, Msg: failf(0,
-				"shape %d of %s does not take the %d bytes it has", *x.Shape, x.DType, x.Offsets[1]-x.Offsets[0]).Msg}
+			return nil, at(failf(InvalidArgument, "shape %d of %s does not take the %d bytes it has", *x.Shape, x.DType, x.Offsets[1]-x.Offsets[0]), "", name)
 		}
 		s.tensors = append(s.tensors, sourceTensor{name, dt, *x.Shape, int64(x.Offsets[0]), int64(x.Offsets[1])})
 	}
@@ -145,8 +143,7 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 	end := int64(0)
 	for _, t := range s.tensors {
 		if t.Begin != end {
-			return nil, &Error{Status: InvalidArgument, Tensor: t.Name,
-				Msg: failf(0, "data begins at byte %d, where byte %d is next: safetensors allows no gaps or overlaps", t.Begin, end).Msg}
+			return nil, at(failf(InvalidArgument, "data begins at byte %d, where byte %d is next: safetensors allows no gaps or overlaps", t.Begin, end), "", t.Name)
 		}
 		end = t.End
 	}

@@ -154,11 +154,23 @@ func (t *tree) check(root string, p *pool) error {
 		if err != nil {
 			return inFile(err, filepath.Join(root, f))
 		}
-		for name, shard := range x.WeightMap {
-			if _, ok := holds[filepath.Join(filepath.Dir(f), shard)][name]; !ok {
-				return &Error{Status: Corrupt, File: filepath.Join(root, f), Tensor: name,
-					Msg: "should be in " + shard + " and is not: the shard is missing, or of another model or version"}
-			}
+		err = x.check(filepath.Join(root, f), func(shard, tensor string) bool {
+			_, ok := holds[filepath.Join(filepath.Dir(f), shard)][tensor]
+			return ok
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// check makes sure that every tensor of the index, which stands in file, is where it says.
+func (x *shardIndex) check(file string, holds func(shard, tensor string) bool) error {
+	for tensor, shard := range x.WeightMap {
+		if !holds(shard, tensor) {
+			return &Error{Status: Corrupt, File: file, Tensor: tensor,
+				Msg: "should be in " + shard + " and is not: the shard is missing, or of another model or version"}
 		}
 	}
 	return nil

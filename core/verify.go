@@ -54,22 +54,18 @@ func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 		rep.Bad = append(rep.Bad, e)
 	}
 	// A file beside another, or in a folder, stands against the one of the same name.
-	beside := func(root, file, ext string) string {
+	beside := func(root, file string) string {
 		if info, err := os.Stat(root); root == "" || err != nil || !info.IsDir() {
 			return root
 		}
-		return filepath.Join(root, strings.TrimSuffix(file, ourExt)+ext)
+		return filepath.Join(root, strings.TrimSuffix(file, ourExt)+sourceExt)
 	}
 	for _, f := range t.files {
 		if !strings.HasSuffix(f, ourExt) {
 			continue
 		}
 		found = true
-		b := basePath
-		if info, err := os.Stat(filepath.Join(basePath, filepath.Dir(f))); basePath != "" && err == nil && info.IsDir() {
-			b = filepath.Join(basePath, filepath.Dir(f))
-		}
-		one, err := verifyFile(filepath.Join(path, f), beside(sourcePath, f, sourceExt), b, false, p)
+		one, err := verifyFile(filepath.Join(path, f), beside(sourcePath, f), folderBase(basePath, filepath.Dir(f)), false, p)
 		if err != nil {
 			return rep, err
 		}

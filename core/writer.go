@@ -37,6 +37,13 @@ type Result struct {
 	Tensors, Files           int
 }
 
+func (r *Result) add(x Result) {
+	r.SourceBytes += x.SourceBytes
+	r.OutputBytes += x.OutputBytes
+	r.Tensors += x.Tensors
+	r.Files += x.Files
+}
+
 // temporary is a file beside its target that becomes it at once, or vanishes.
 type temporary struct {
 	*os.File
@@ -307,16 +314,22 @@ func (p *pool) copy(w io.Writer, src io.ReaderAt, n int64) error {
 
 // put compresses tensors and appends them in this order.
 func (w *writer) put(items []*item, p *pool) error {
-	for len(items) > 0 {
-		n, sum := 0, int64(0)
-		for n < len(items) && (n == 0 || sum+items[n].spec.End-items[n].spec.Begin <= smallTensor) {
-			sum += items[n].spec.End - items[n].spec.Begin
-			n++
+	size := func(i int) int64 { return items[i].spec.End - items[i].spec.Begin }
+	return batches(len(items), size, func(lo, hi int) error { return w.putBatch(items[lo:hi], p) })
+}
+
+// batches calls f for runs of 0 to n-1 that together have at most smallTensor bytes, or are one larger tensor.
+func batches(n int, size func(i int) int64, f func(lo, hi int) error) error {
+	for lo := 0; lo < n; {
+		hi, sum := lo+1, size(lo)
+		for hi < n && sum+size(hi) <= smallTensor {
+			sum += size(hi)
+			hi++
 		}
-		if err := w.putBatch(items[:n], p); err != nil {
+		if err := f(lo, hi); err != nil {
 			return err
 		}
-		items = items[n:]
+		lo = hi
 	}
 	return nil
 }
@@ -331,38 +344,19 @@ func (w *writer) putBatch(items []*item, p *pool) error {
 	for _, it := range items {
 		w.tie(it)
 	}
-	if len(items) == 1 && items[0].spec.End-items[0].spec.Begin > smallTensor {
-		err = at(w.encode(items[0], p, w.writePayload), "", items[0].spec.Name)
-	} else {
-		err = p.run(len(items), func(i int, _ *codecs.Scratch) error {
-			it := items[i]
-			return at(w.encode(it, p, func(_ int64, b []byte) error {
-				it.payload = append(it.payload, b)
-				return nil
-			}), "", it.spec.Name)
-		})
-	}
+	err = p.run(len(items), func(i int, _ *codecs.Scratch) error {
+		return at(w.encode(items[i], p), "", items[i].spec.Name)
+	})
 	if err != nil {
 		return err
 	}
 	for _, it := range items {
-		at := int64(0)
-		for k, b := range it.payload {
-			if k == 0 { // the head comes last, see encode
-				continue
-			}
-			if at == 0 {
-				at = int64(len(it.payload[0]))
-			}
-			if err := w.writePayload(at, b); err != nil {
+		offset := int64(0)
+		for _, b := range it.payload {
+			if err := w.writePayload(offset, b); err != nil {
 				return err
 			}
-			at += int64(len(b))
-		}
-		if len(it.payload) > 0 {
-			if err := w.writePayload(0, it.payload[0]); err != nil {
-				return err
-			}
+			offset += int64(len(b))
 		}
 		it.payload = nil
 		it.entry.Offset = uint64(w.next)
@@ -411,9 +405,9 @@ func (w *writer) tie(it *item) {
 	}
 }
 
-// encode makes the payload of a tensor: groups of blocks in parallel, handed in order to write with their offset, the
-// head last.
-func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error) error {
+// encode makes the payload of a tensor, groups of blocks in parallel: in memory, or, where the tensor is large and so
+// alone in its batch, in the file.
+func (w *writer) encode(it *item, p *pool) error {
 	n := it.spec.End - it.spec.Begin
 	if n == 0 || it.entry.Codec == codecTied {
 		p.done(n)
@@ -431,7 +425,7 @@ func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error)
 	}
 	groups := make([]codecs.Index, e.Groups())
 	out := make([][]byte, min(len(groups), p.window(e.GroupBytes(0))))
-	memory := [][]byte{nil}
+	memory := [][]byte{nil} // the head, which comes last, and the groups
 	at := int64(e.HeadLen())
 	for first := 0; first < len(groups); first += len(out) {
 		count := min(len(out), len(groups)-first)
@@ -449,7 +443,7 @@ func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error)
 			b := out[i]
 			if n <= smallTensor {
 				memory = append(memory, bytes.Clone(b))
-			} else if err := write(at, b); err != nil {
+			} else if err := w.writePayload(at, b); err != nil {
 				return err
 			}
 			at += int64(len(b))
@@ -460,7 +454,7 @@ func (w *writer) encode(it *item, p *pool, write func(at int64, b []byte) error)
 	if n <= smallTensor {
 		memory[0] = head
 		it.payload = memory
-	} else if err := write(0, head); err != nil {
+	} else if err := w.writePayload(0, head); err != nil {
 		return err
 	}
 	id, special := e.Codec()
