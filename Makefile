@@ -108,7 +108,9 @@ check: $(VENV_CHECK)/.requirements
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $(GO_PACKAGES)
 	go mod tidy -diff
-	CGO_ENABLED=0 GOARCH=arm64 go build ./core/... ./codecs/...
+	codecs/_asm/generate.sh --check
+	go vet -tags purego ./core/... ./codecs/...
+	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
 	scripts/check_header.sh
 	go test -run TestImportsGoOneWay ./tests/go
 	$(RUFF) check $(RUFF_CONFIG) $(PY_FOLDERS)
@@ -116,7 +118,7 @@ check: $(VENV_CHECK)/.requirements
 	cd python && ../$(VENV_CHECK)/bin/mypy
 
 generate:
-	go generate $(GO_PACKAGES)
+	codecs/_asm/generate.sh
 
 clean:
 	rm -rf build
