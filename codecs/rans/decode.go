@@ -3,26 +3,111 @@ package rans
 import (
 	"encoding/binary"
 	"errors"
+	"sync"
 )
 
-// Decoder is a table expanded to one entry a slot: frequency - 1, rank and symbol in 12, 12 and 8 bits.
+// Decoder is a table ready to decode: its symbols become elements.
 type Decoder struct {
-	entry [Slots]uint32
-	value [MaxSymbols]uint16
+	table   *Table
+	element Element
+	value   [MaxSymbols]uint16
+
+	expand sync.Once
+	slots  *slotTable
+	tiers  tierTables
 }
 
-// NewDecoder expands a table.
-func NewDecoder(t *Table) *Decoder {
-	d := &Decoder{}
+// slotTable has one entry a slot: frequency - 1, rank and symbol in 12, 12 and 8 bits.
+type slotTable [Slots]uint32
+
+// NewDecoder prepares a table. What the kernels and the plain code look up is made when it is first asked for: a small
+// tensor pays for its own tier alone.
+func NewDecoder(t *Table, e Element) *Decoder {
+	d := &Decoder{table: t, element: e}
 	copy(d.value[:], t.Value)
-	t.slots(func(slot, sym, rank int) {
-		d.entry[slot] = uint32(t.Freq[sym]-1)<<20 | uint32(rank)<<8 | uint32(sym)
-	})
 	return d
+}
+
+// entries is the table expanded to one entry a slot.
+func (d *Decoder) entries() *slotTable {
+	d.expand.Do(func() {
+		d.slots = new(slotTable)
+		d.table.slots(func(slot, sym, rank int) {
+			d.slots[slot] = uint32(d.table.Freq[sym]-1)<<20 | uint32(rank)<<8 | uint32(sym)
+		})
+	})
+	return d.slots
 }
 
 // ErrStream says that a stream does not end as an encoder ends it: a state is off, or words are missing or left over.
 var ErrStream = errors.New("rANS stream does not end in a first state")
+
+// lanes are the states of a stream on its way and the words that it has left.
+type lanes struct {
+	x     [Lanes]uint32
+	words []byte // readable up to its capacity
+	short bool   // a word was asked for that was not there: nothing is right any more
+}
+
+// open begins a stream of states and words.
+func (l *lanes) open(src []byte) error {
+	l.short = false
+	if len(src) < StateBytes || len(src)%2 != 0 {
+		return ErrStream
+	}
+	for i := range l.x {
+		l.x[i] = uint32(binary.LittleEndian.Uint16(src[2*i:])) | uint32(binary.LittleEndian.Uint16(src[2*Lanes+2*i:]))<<16
+		if l.x[i] < lower {
+			return ErrStream
+		}
+	}
+	l.words = src[StateBytes:]
+	return nil
+}
+
+// close checks that the stream ends as it must, and returns what the lanes carried.
+func (l *lanes) close() (carry [Lanes]uint16, err error) {
+	if l.short || len(l.words) > 0 {
+		return carry, ErrStream
+	}
+	for k, v := range l.x {
+		if v>>16 != 1 {
+			return carry, ErrStream
+		}
+		carry[k] = uint16(v)
+	}
+	return carry, nil
+}
+
+// symbols decodes the next len(values) symbols, which begin a turn.
+func (l *lanes) symbols(values []uint16, d *Decoder) {
+	t := d.entries()
+	i, at := 0, 0
+	// A turn may take 32 words: while that many are left none needs a check of its own.
+	for ; i+Lanes <= len(values) && at+2*Lanes <= len(l.words); i += Lanes {
+		at += 2 * int(turn(&l.x, t, &d.value, (*[2 * Lanes]byte)(l.words[at:]), (*[Lanes]uint16)(values[i:])))
+	}
+	l.words = l.words[at:]
+	for ; i < len(values) && !l.short; i++ {
+		values[i] = l.one(i%Lanes, t, &d.value)
+	}
+}
+
+// one decodes one symbol.
+func (l *lanes) one(lane int, t *slotTable, value *[MaxSymbols]uint16) uint16 {
+	e := t[l.x[lane]%Slots]
+	v := l.x[lane]>>ScaleBits*(e>>20+1) + e>>8%Slots
+	if v < lower {
+		if len(l.words) < 2 {
+			l.short = true
+			return 0
+		}
+		v = v<<16 | uint32(binary.LittleEndian.Uint16(l.words))
+		l.words = l.words[2:]
+	}
+	l.x[lane] = v
+	return value[uint8(e)]
+}
 
 // PairOf is where the second string of symbols of a stream goes: value i is decoded with
 // Tables[Class[values[i]>>Shift]], values being those of the first.
@@ -33,68 +118,42 @@ type PairOf struct {
 	Shift  uint8
 }
 
-// Decode fills values from the states and words in src, which must be exactly those of len(values) symbols: with one
-// table, or, where classes is not nil, value i with tables[classes[i]]; pair may be nil. It returns what the encoder
-// gave its lanes to carry.
-func Decode(values []uint16, src []byte, tables []*Decoder, classes []uint8, pair *PairOf) (carry [Lanes]uint16, err error) {
-	if len(src) < StateBytes || len(src)%2 != 0 {
-		return carry, ErrStream
+// DecodeClasses fills values from the states and words in src, which must be exactly those of len(values) symbols: value i
+// with tables[classes[i]], or, where classes is nil, all with the first table; pair may be nil. It returns what the
+// encoder gave its lanes to carry. Where one table serves all, a Batch is faster.
+func DecodeClasses(values []uint16, src []byte, tables []*Decoder, classes []uint8, pair *PairOf) (carry [Lanes]uint16, err error) {
+	var l lanes
+	if err := l.open(src); err != nil {
+		return carry, err
 	}
-	var x [Lanes]uint32
-	for i := range x {
-		x[i] = uint32(binary.LittleEndian.Uint16(src[2*i:])) | uint32(binary.LittleEndian.Uint16(src[2*Lanes+2*i:]))<<16
-		if x[i] < lower {
-			return carry, ErrStream
+	slots := func(d []*Decoder) []*slotTable {
+		t := make([]*slotTable, len(d))
+		for i := range t {
+			t[i] = d[i].entries()
 		}
+		return t
 	}
-	words := src[StateBytes:]
-	at, i := 0, 0
-	if classes == nil && pair == nil {
-		d := tables[0]
-		// A turn may take 32 words: while that many are left none needs a check of its own.
-		for ; i+Lanes <= len(values) && at+2*Lanes <= len(words); i += Lanes {
-			at += 2 * int(turn(&x, d, (*[2 * Lanes]byte)(words[at:]), (*[Lanes]uint16)(values[i:])))
-		}
+	first, second := slots(tables), []*slotTable(nil)
+	if pair != nil {
+		second = slots(pair.Tables)
 	}
-	one := func(lane int, d *Decoder) uint16 {
-		e := d.entry[x[lane]%Slots]
-		v := x[lane]>>ScaleBits*(e>>20+1) + e>>8%Slots
-		if v < lower {
-			if at+2 > len(words) {
-				at = len(words) + 1 // remembered: nothing is read any more, and the end is wrong
-				return 0
-			}
-			v = v<<16 | uint32(binary.LittleEndian.Uint16(words[at:]))
-			at += 2
-		}
-		x[lane] = v
-		return d.value[uint8(e)]
-	}
-	for ; i < len(values) && at <= len(words); i += Lanes {
+	for i := 0; i < len(values) && !l.short; i += Lanes {
 		n := min(Lanes, len(values)-i)
 		for j := range n {
-			d := tables[0]
+			k := uint8(0)
 			if classes != nil {
-				d = tables[classes[i+j]]
+				k = classes[i+j]
 			}
-			values[i+j] = one(j, d)
+			values[i+j] = l.one(j, first[k], &tables[k].value)
 		}
 		if pair != nil {
 			for j := range n {
-				pair.Values[i+j] = one(j, pair.Tables[pair.Class[uint8(values[i+j]>>pair.Shift)]])
+				k := pair.Class[uint8(values[i+j]>>pair.Shift)]
+				pair.Values[i+j] = l.one(j, second[k], &pair.Tables[k].value)
 			}
 		}
 	}
-	if at != len(words) {
-		return carry, ErrStream
-	}
-	for k, v := range x {
-		if v>>16 != 1 {
-			return carry, ErrStream
-		}
-		carry[k] = uint16(v)
-	}
-	return carry, nil
+	return l.close()
 }
 
 // step decodes one lane: the next state, and the position by the borrow of a subtraction. Branches would cost most: a
@@ -112,24 +171,24 @@ func step(v, e uint32, win *[2 * Lanes]byte, p uint) (uint32, uint) {
 // compiler keeps the position on the stack, and the chain through memory costs half the speed.
 //
 //go:noinline
-func turn(x *[Lanes]uint32, d *Decoder, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
+func turn(x *[Lanes]uint32, t *slotTable, value *[MaxSymbols]uint16, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
 	for j := 0; j < Lanes; j += 4 {
 		y, o := (*[4]uint32)(x[j:]), (*[4]uint16)(out[j:])
 		v := y[0]
-		e := d.entry[v%Slots]
-		o[0] = d.value[uint8(e)]
+		e := t[v%Slots]
+		o[0] = value[uint8(e)]
 		y[0], p = step(v, e, win, p)
 		v = y[1]
-		e = d.entry[v%Slots]
-		o[1] = d.value[uint8(e)]
+		e = t[v%Slots]
+		o[1] = value[uint8(e)]
 		y[1], p = step(v, e, win, p)
 		v = y[2]
-		e = d.entry[v%Slots]
-		o[2] = d.value[uint8(e)]
+		e = t[v%Slots]
+		o[2] = value[uint8(e)]
 		y[2], p = step(v, e, win, p)
 		v = y[3]
-		e = d.entry[v%Slots]
-		o[3] = d.value[uint8(e)]
+		e = t[v%Slots]
+		o[3] = value[uint8(e)]
 		y[3], p = step(v, e, win, p)
 	}
 	return p

@@ -3,3 +3,103 @@
 //go:build amd64 && !purego
 
 package rans
+
+// aliasWords1 decodes a.count turns of 1 streams with alias tables to words of the symbols alone.
+//
+//go:noescape
+func aliasWords1(a *byte)
+
+// aliasWords2 decodes a.count turns of 2 streams with alias tables to words of the symbols alone.
+//
+//go:noescape
+func aliasWords2(a *byte)
+
+// aliasWords3 decodes a.count turns of 3 streams with alias tables to words of the symbols alone.
+//
+//go:noescape
+func aliasWords3(a *byte)
+
+// aliasWords4 decodes a.count turns of 4 streams with alias tables to words of the symbols alone.
+//
+//go:noescape
+func aliasWords4(a *byte)
+
+// aliasWordsNarrow1 decodes a.count turns of 1 streams with alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func aliasWordsNarrow1(a *byte)
+
+// aliasWordsNarrow2 decodes a.count turns of 2 streams with alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func aliasWordsNarrow2(a *byte)
+
+// aliasWordsNarrow3 decodes a.count turns of 3 streams with alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func aliasWordsNarrow3(a *byte)
+
+// aliasWordsNarrow4 decodes a.count turns of 4 streams with alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func aliasWordsNarrow4(a *byte)
+
+// aliasWordsWide1 decodes a.count turns of 1 streams with alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func aliasWordsWide1(a *byte)
+
+// aliasWordsWide2 decodes a.count turns of 2 streams with alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func aliasWordsWide2(a *byte)
+
+// aliasWordsWide3 decodes a.count turns of 3 streams with alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func aliasWordsWide3(a *byte)
+
+// aliasWordsWide4 decodes a.count turns of 4 streams with alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func aliasWordsWide4(a *byte)
+
+// aliasBytes1 decodes a.count turns of 1 streams with alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func aliasBytes1(a *byte)
+
+// aliasBytes2 decodes a.count turns of 2 streams with alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func aliasBytes2(a *byte)
+
+// aliasBytes3 decodes a.count turns of 3 streams with alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func aliasBytes3(a *byte)
+
+// aliasBytes4 decodes a.count turns of 4 streams with alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func aliasBytes4(a *byte)
+
+// aliasBytesNarrow1 decodes a.count turns of 1 streams with alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func aliasBytesNarrow1(a *byte)
+
+// aliasBytesNarrow2 decodes a.count turns of 2 streams with alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func aliasBytesNarrow2(a *byte)
+
+// aliasBytesNarrow3 decodes a.count turns of 3 streams with alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func aliasBytesNarrow3(a *byte)
+
+// aliasBytesNarrow4 decodes a.count turns of 4 streams with alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func aliasBytesNarrow4(a *byte)

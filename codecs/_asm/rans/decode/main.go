@@ -1,11 +1,67 @@
+// Command decode writes the decoding kernels of package rans.
 package main
 
 import (
-	_ "bigsmall.dev/asm/ext"
 	. "github.com/mmcloughlin/avo/build"
+	. "github.com/mmcloughlin/avo/operand"
+	"github.com/mmcloughlin/avo/reg"
 )
+
+// Offsets in rans.turns.
+const (
+	argTable    = 0
+	argSrc      = 8
+	argRest     = 40
+	argDst      = 72
+	argCount    = 104
+	argRestStep = 112
+	argState    = 128 // four times 128 bytes
+)
+
+// form is what becomes of the 32 symbols of a turn.
+type form struct {
+	name string
+	size int // bytes of an element
+	rest restForm
+}
+
+type restForm int
+
+const (
+	noRest     restForm = iota
+	narrowRest          // fields of at most 8 bits, each within two bytes
+	wideRest            // within three
+)
+
+var forms = []form{
+	{"Words", 2, noRest}, {"WordsNarrow", 2, narrowRest}, {"WordsWide", 2, wideRest},
+	{"Bytes", 1, noRest}, {"BytesNarrow", 1, narrowRest},
+}
+
+func (f form) doc() string {
+	s := []string{"words of the symbols alone", "words with a rest of at most 8 bits", "words with a rest of up to 15 bits"}
+	if f.size == 1 {
+		s = []string{"bytes of the symbols alone", "bytes with a rest of at most 4 bits"}
+	}
+	return s[f.rest]
+}
 
 func main() {
 	ConstraintExpr("amd64,!purego")
+	for _, f := range forms {
+		for streams := 1; streams <= 4; streams++ {
+			alias(f, streams)
+		}
+	}
 	Generate()
+}
+
+func begin(name, doc string) (args, table reg.GPVirtual) {
+	TEXT(name, NOSPLIT, "func(a *byte)")
+	Pragma("noescape")
+	Doc(name + " " + doc)
+	args, table = GP64(), GP64()
+	Load(Param("a"), args)
+	MOVQ(Mem{Base: args, Disp: argTable}, table)
+	return args, table
 }

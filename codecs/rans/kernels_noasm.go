@@ -1,0 +1,7 @@
+//go:build !amd64 || purego
+
+package rans
+
+type tierTables struct{}
+
+func (d *Decoder) kernel() *kernel { return nil }
