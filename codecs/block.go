@@ -51,6 +51,11 @@ type Scratch struct {
 	decoder        *zstd.Decoder
 	check          []byte
 	raw, rawBase   []byte
+
+	blocks   [GroupBlocks]block
+	batch    [3]rans.Batch // one a field of joinBytes
+	parts    []byte
+	symBytes []byte
 }
 
 // NewScratch allocates nothing yet.
@@ -83,78 +88,132 @@ func (s *Scratch) zstdDecode(dst, src []byte) error {
 	return nil
 }
 
-// DecodeBlock verifies and decodes block i from src into dst, both of exactly the block's size. base holds the base
-// tensor's bytes of the block where NeedsBase.
-func (p *Payload) DecodeBlock(i int, dst, src, base []byte, s *Scratch) error {
-	if got := xxh3.Hash(src); got != p.hash[i] {
-		return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", i, p.Blocks(), got, p.hash[i])
+// DecodeBlocks verifies and decodes the blocks from first on, which must be of one group, into dst. src has their bytes,
+// one block after the other, dst room for exactly their words; base holds the base tensor's bytes of the same words where
+// NeedsBase. src may be read, without any effect, up to its capacity: some bytes behind it spare the kernels care.
+func (p *Payload) DecodeBlocks(first int, dst, src, base []byte, s *Scratch) error {
+	var blocks [GroupBlocks][]byte
+	n := 0
+	for ; len(src) > 0; n++ {
+		_, length := p.BlockSpan(first + n)
+		block := src[:length]
+		if got := xxh3.Hash(block); got != p.hash[first+n] {
+			return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", first+n, p.Blocks(), got, p.hash[first+n])
+		}
+		blocks[n], src = block, src[length:]
 	}
-	return p.decodeBlock(i, dst, src, base, s)
+	return p.decodeBlocks(first, dst, blocks[:n], base, s)
 }
 
-func (f *Format) decodeBlock(i int, dst, src, base []byte, s *Scratch) error {
-	n, group, last := len(dst)/f.word, i/GroupBlocks, i == f.blocks()-1
-	if src[1]|src[2]|src[3] != 0 || src[0] >= endBlock {
-		return corrupt("kind %d of a block", src[0])
+// block is a coded block, cut into its planes but not decoded.
+type block struct {
+	dst    []byte
+	n      int // words
+	fields [maxFields]struct {
+		sym, mant plane
+		rest      []byte // packed
 	}
-	body := src[blockHead:]
-	switch src[0] {
-	case blockStored:
-		if len(body) < len(dst) {
-			return corrupt("stored block of %d bytes for %d", len(body), len(dst))
-		}
-		copy(dst, body)
-		return zeroPadding(body[len(dst):], last)
-	case blockZstd:
-		if len(body) < 4 || int64(binary.LittleEndian.Uint32(body)) > int64(len(body)-4) {
-			return corrupt("zstd block of %d bytes", len(body))
-		}
-		frame := body[4:][:binary.LittleEndian.Uint32(body)]
-		if err := s.zstdDecode(dst, frame); err != nil {
-			return err
-		}
-		return zeroPadding(body[4+len(frame):], last)
-	}
-	if f.transform == BaseDiff {
-		return f.decodeDiff(dst, body, base, last, s)
-	}
-	if len(f.fields) == 0 {
-		return corrupt("coded block of a payload without fields")
-	}
-	sym := room(&s.sym, n)
-	if f.direct() {
-		x := f.fields[0]
-		packed, body, err := f.decodePlane(0, sym, nil, group, body, s)
-		if err != nil {
-			return err
-		}
-		x.JoinDirect(dst, sym, packed, f.word, f.shift)
-		return zeroPadding(body, last)
-	}
-	words := room(&s.words, n)
-	clear(words)
-	mant, rest := room(&s.mant, n), room(&s.rest, n)
-	for i, x := range f.fields {
-		var packed []byte
-		var err error
-		if packed, body, err = f.decodePlane(i, sym, mant, group, body, s); err != nil {
-			return err
-		}
-		if x.Rest > 0 {
-			planes.Unpack(rest, packed, x.Rest)
-		}
-		x.Join(words, sym, mant, rest)
-	}
-	if !f.undo(words) {
-		return corrupt("index outside the palette")
-	}
-	planes.Store(dst, words, f.word, 0)
-	return zeroPadding(body, last)
 }
 
-// direct says that the one field can be joined straight into the destination.
-func (f *Format) direct() bool {
-	return f.transform == Plain && len(f.fields) == 1 && f.fields[0].Mant == 0 && f.word <= 2
+// decodeBlocks decodes blocks of one group, the first of them number first.
+func (f *Format) decodeBlocks(first int, dst []byte, blocks [][]byte, base []byte, s *Scratch) error {
+	per, coded := BlockWords*f.word, 0
+	for k, src := range blocks {
+		out, last := dst[k*per:min((k+1)*per, len(dst))], first+k == f.blocks()-1
+		if src[1]|src[2]|src[3] != 0 || src[0] >= endBlock {
+			return corrupt("kind %d of a block", src[0])
+		}
+		body := src[blockHead:]
+		switch src[0] {
+		case blockStored:
+			if len(body) < len(out) {
+				return corrupt("stored block of %d bytes for %d", len(body), len(out))
+			}
+			copy(out, body)
+			body = body[len(out):]
+		case blockZstd:
+			if len(body) < 4 || int64(binary.LittleEndian.Uint32(body)) > int64(len(body)-4) {
+				return corrupt("zstd block of %d bytes", len(body))
+			}
+			frame := body[4:][:binary.LittleEndian.Uint32(body)]
+			if err := s.zstdDecode(out, frame); err != nil {
+				return err
+			}
+			body = body[4+len(frame):]
+		default:
+			var err error
+			if f.transform == BaseDiff {
+				body, err = f.decodeDiff(out, body, base[k*per:], s)
+			} else {
+				b := &s.blocks[coded]
+				b.dst, b.n = out, len(out)/f.word
+				body, err = f.cut(b, body)
+				coded++
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if err := zeroPadding(body, last); err != nil {
+			return err
+		}
+	}
+	if coded == 0 {
+		return nil
+	}
+	switch f.join() {
+	case joinSymbols:
+		return f.joinSymbols(s.blocks[:coded], first/GroupBlocks, s)
+	case joinBytes:
+		return f.joinBytes(s.blocks[:coded], first/GroupBlocks, s)
+	}
+	for k := range coded {
+		if err := f.joinFields(&s.blocks[k], first/GroupBlocks, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// join says how the words of a format come together.
+func (f *Format) join() joinForm {
+	switch {
+	case f.transform != Plain:
+	case len(f.fields) == 1 && f.word <= 2:
+		if f.element(0, joinSymbols).Joins() {
+			return joinSymbols
+		}
+	case len(f.fields) == 3 && f.word == 4:
+		upper, mid, low := f.fields[0], f.fields[1], f.fields[2]
+		if f.shift == 0 && f.element(0, joinBytes).Joins() && upper.Shift == 16 && upper.Bits() == 16 &&
+			mid == (planes.Field{Shift: 8, Sym: 8}) && low == (planes.Field{Sym: 8}) {
+			return joinBytes
+		}
+	}
+	return joinFields
+}
+
+type joinForm int
+
+const (
+	joinFields  joinForm = iota // field by field, in words of 64 bits
+	joinSymbols                 // symbols and rest become words as they are decoded
+	joinBytes                   // the upper halves too, and two planes of bytes join them
+)
+
+// element is what the coder makes of the symbols of field i.
+func (f *Format) element(i int, j joinForm) rans.Element {
+	x := f.fields[i]
+	x.Shift = 0
+	switch {
+	case j == joinSymbols:
+		return rans.Element{Field: x, Size: f.word, Shift: f.shift}
+	case j == joinBytes && i == 0:
+		return rans.Element{Field: x, Size: 2}
+	case j == joinBytes:
+		return rans.Element{Field: x, Size: 1}
+	}
+	return rans.Symbols
 }
 
 // zeroPadding checks what follows the content of a block: up to 7 zeros, and in the last block those that pad the payload.
@@ -193,33 +252,15 @@ func take(body []byte, n int) (head, tail []byte, err error) {
 	return head, tail[pad:], nil
 }
 
-// decodePlane decodes the parts of field i, the rest still packed, and returns what follows in the block.
-func (f *Format) decodePlane(i int, sym, mant []uint16, group int, body []byte, s *Scratch) (packed, tail []byte, err error) {
-	x := f.fields[i]
-	m := f.sym[i]
-	var tables []*rans.Decoder
-	if len(m.tables) > 0 {
-		tables = m.expand()[m.choice[group]:]
-	}
-	if x.Mant == 0 {
-		if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, alone, nil, body, s); err != nil {
-			return nil, nil, err
-		}
-		return takeBits(body, len(sym)*int(x.Rest))
-	}
-	pair := &rans.PairOf{Values: mant, Tables: f.mant[i].expand(), Class: f.mant[i].classes, Shift: classShift(x.Sym)}
-	paired := len(body) > 0 && body[0] == planePaired
-	if body, err = decodeSymbols(sym, uint(x.Sym), tables, nil, firstOfPair, pair, body, s); err != nil {
-		return nil, nil, err
-	}
-	role := alone
-	if paired {
-		role = secondOfPair
-	}
-	if body, err = decodeSymbols(mant, uint(x.Mant), nil, nil, role, nil, body, s); err != nil {
-		return nil, nil, err
-	}
-	return takeBits(body, len(sym)*int(x.Rest))
+// plane is one string of symbols, as it stands in a block.
+type plane struct {
+	kind    uint8
+	symBits uint
+	symbol  uint16 // of a constant plane
+	data    []byte // bytes, a frame, or states and words
+	patches int
+	carried int    // of the 2*patches numbers, those in the lanes
+	listed  []byte // the others
 }
 
 // The part a plane may play: that of a symbol plane with mantissas can be the first of a pair, whose stream holds both;
@@ -232,52 +273,64 @@ const (
 	secondOfPair
 )
 
-// decodeSymbols decodes one plane, and the values of the second of a pair with the first.
-func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes []uint8, role planeRole, pair *rans.PairOf, body []byte,
-	s *Scratch) ([]byte, error) {
+// cut cuts a coded block into its planes, and returns what follows them.
+func (f *Format) cut(b *block, body []byte) (tail []byte, err error) {
+	if len(f.fields) == 0 {
+		return nil, corrupt("coded block of a payload without fields")
+	}
+	for i, x := range f.fields {
+		p := &b.fields[i]
+		hasTables, role := len(f.sym[i].tables) > 0, alone
+		if x.Mant > 0 {
+			role = firstOfPair
+		}
+		if body, err = p.sym.cut(body, b.n, uint(x.Sym), role, hasTables); err != nil {
+			return nil, err
+		}
+		if x.Mant > 0 {
+			if role = alone; p.sym.kind == planePaired {
+				role = secondOfPair
+			}
+			if body, err = p.mant.cut(body, b.n, uint(x.Mant), role, false); err != nil {
+				return nil, err
+			}
+		}
+		if p.rest, body, err = takeBits(body, b.n*int(x.Rest)); err != nil {
+			return nil, err
+		}
+	}
+	return body, nil
+}
+
+// cut takes a plane of n symbols off body.
+func (p *plane) cut(body []byte, n int, symBits uint, role planeRole, hasTables bool) ([]byte, error) {
 	head, body, err := take(body, planeHead)
 	if err != nil {
 		return nil, err
 	}
-	kind, patches, size := head[0], int(binary.LittleEndian.Uint16(head[2:])), int64(binary.LittleEndian.Uint32(head[4:]))
-	if kind >= endPlane || head[1] != 0 || patches > 0 && (kind == planeRaw || kind == planeZstd) ||
-		kind == planePaired && role == alone || kind != planePaired && role == secondOfPair {
-		return nil, corrupt("kind %d of a plane", kind)
+	size := int64(binary.LittleEndian.Uint32(head[4:]))
+	*p = plane{kind: head[0], symBits: symBits, patches: int(binary.LittleEndian.Uint16(head[2:]))}
+	if p.kind >= endPlane || head[1] != 0 || p.patches > 0 && (p.kind == planeRaw || p.kind == planeZstd) ||
+		p.kind == planePaired && role == alone || p.kind != planePaired && role == secondOfPair {
+		return nil, corrupt("kind %d of a plane", p.kind)
 	}
-	if size > int64(len(body)) && kind != planeConstant {
+	if size > int64(len(body)) && p.kind != planeConstant {
 		return nil, corrupt("plane of %d with %d bytes left", size, len(body))
 	}
-	var data []byte
-	var carry [rans.Lanes]uint16
-	carried := 0
-	switch kind {
+	switch p.kind {
 	case planeRaw, planeZstd:
-		if symBits > 8 || kind == planeRaw && size != 0 {
+		if symBits > 8 || p.kind == planeRaw && size != 0 {
 			return nil, corrupt("plane of bytes with %d bits a symbol and size %d", symBits, size)
 		}
-		raw := room(&s.bytes, len(sym))
-		if kind == planeRaw {
-			raw, body, err = take(body, len(sym))
-		} else if data, body, err = take(body, int(size)); err == nil {
-			err = s.zstdDecode(raw, data)
+		if p.kind == planeRaw {
+			size = int64(n)
 		}
-		if err != nil {
-			return nil, err
-		}
-		for i, b := range raw {
-			if b>>symBits != 0 {
-				return nil, corrupt("symbol %d of %d bits", b, symBits)
-			}
-			sym[i] = uint16(b)
-		}
-		return body, nil
+		p.data, body, err = take(body, int(size))
 	case planeConstant:
 		if size >= 1<<symBits {
 			return nil, corrupt("symbol %d of %d bits", size, symBits)
 		}
-		for i := range sym {
-			sym[i] = uint16(size)
-		}
+		p.symbol = uint16(size)
 	case planePaired, planeRANS:
 		if role == secondOfPair { // decoded with its first
 			if size != 0 {
@@ -285,71 +338,351 @@ func decodeSymbols(sym []uint16, symBits uint, tables []*rans.Decoder, classes [
 			}
 			break
 		}
-		if kind == planeRANS {
-			pair = nil
-		}
-		if tables == nil {
+		if !hasTables {
 			return nil, corrupt("coded plane without a table")
 		}
-		if data, body, err = take(body, rans.StateBytes+2*int(size)); err != nil {
+		p.data, body, err = take(body, rans.StateBytes+2*int(size))
+		p.carried = min(2*p.patches, rans.Lanes)
+	}
+	if err == nil {
+		p.listed, body, err = take(body, 4*p.patches-2*p.carried)
+	}
+	return body, err
+}
+
+// fixes are the patches of a plane of n symbols, the carried ones from the lanes of its stream.
+func (p *plane) fixes(n int, carry *[rans.Lanes]uint16, s *Scratch) ([]rans.Patch, error) {
+	for _, v := range carry[p.carried:] {
+		if v != 0 {
+			return nil, corrupt("a lane carries what nobody asked for")
+		}
+	}
+	number := func(i int) uint16 { // of the positions and then the symbols
+		if i < p.carried {
+			return carry[i]
+		}
+		return binary.LittleEndian.Uint16(p.listed[2*(i-p.carried):])
+	}
+	list, last := s.patches[:0], -1
+	for k := range p.patches {
+		x := rans.Patch{At: number(k), Value: number(p.patches + k)}
+		if int(x.At) <= last || int(x.At) >= n || uint(x.Value) >= 1<<p.symBits {
+			return nil, corrupt("patch %d sets symbol %d to %d", k, x.At, x.Value)
+		}
+		last = int(x.At)
+		list = append(list, x)
+	}
+	s.patches = list
+	return list, nil
+}
+
+// bytes are the symbols of a plane of bytes.
+func (p *plane) bytes(n int, s *Scratch) ([]byte, error) {
+	raw := p.data
+	if p.kind == planeZstd {
+		raw = room(&s.bytes, n)
+		if err := s.zstdDecode(raw, p.data); err != nil {
 			return nil, err
 		}
-		if carry, err = rans.Decode(sym, data, tables, classes, pair); err != nil {
-			return nil, corrupt("%s", err)
-		}
-		carried = min(2*patches, rans.Lanes)
-		for _, v := range carry[carried:] {
-			if v != 0 {
-				return nil, corrupt("a lane carries what nobody asked for")
+	}
+	if p.symBits < 8 {
+		for _, b := range raw {
+			if b>>p.symBits != 0 {
+				return nil, corrupt("symbol %d of %d bits", b, p.symBits)
 			}
 		}
 	}
-	if data, body, err = take(body, 4*patches-2*carried); err != nil {
-		return nil, err
-	}
-	patch := func(i int) uint16 { // of the positions and then the symbols, the first 32 come from the lanes
-		if i < carried {
-			return carry[i]
-		}
-		return binary.LittleEndian.Uint16(data[2*(i-carried):])
-	}
-	last := -1
-	for k := range patches {
-		at, v := int(patch(k)), patch(patches+k)
-		if at <= last || at >= len(sym) || uint(v) >= 1<<symBits {
-			return nil, corrupt("patch %d sets symbol %d to %d", k, at, v)
-		}
-		sym[at], last = v, at
-	}
-	return body, nil
+	return raw, nil
 }
 
-// decodeDiff decodes a block of differences to a base.
-func (f *Format) decodeDiff(dst, body, base []byte, last bool, s *Scratch) error {
-	if len(base) != len(dst) {
-		return errorf(Internal, "base of %d bytes for a block of %d", len(base), len(dst))
+// fill decodes a plane that has no stream of its own, patches and all.
+func (p *plane) fill(sym []uint16, s *Scratch) error {
+	switch p.kind {
+	case planeRaw, planeZstd:
+		raw, err := p.bytes(len(sym), s)
+		if err != nil {
+			return err
+		}
+		for i, b := range raw {
+			sym[i] = uint16(b)
+		}
+	case planeConstant:
+		for i := range sym {
+			sym[i] = p.symbol
+		}
 	}
+	return p.patch(sym, &[rans.Lanes]uint16{}, s)
+}
+
+// patch puts the patches in their places.
+func (p *plane) patch(sym []uint16, carry *[rans.Lanes]uint16, s *Scratch) error {
+	list, err := p.fixes(len(sym), carry, s)
+	for _, x := range list {
+		sym[x.At] = x.Value
+	}
+	return err
+}
+
+// patchWords is patch where symbols are words already: those of field i.
+func (f *Format) patchWords(b *block, i int, carry *[rans.Lanes]uint16, s *Scratch) error {
+	list, err := b.fields[i].sym.fixes(b.n, carry, s)
+	x := f.fields[i]
+	up := x.Shift + x.Rest + f.shift
+	if x.Rotate {
+		up--
+	}
+	mask := (uint32(1)<<x.Sym - 1) << up
+	for _, p := range list {
+		v, at := uint32(p.Value)<<up, int(p.At)
+		switch f.word {
+		case 1:
+			b.dst[at] = b.dst[at]&^uint8(mask) | uint8(v)
+		case 2:
+			w := b.dst[2*at:]
+			binary.LittleEndian.PutUint16(w, binary.LittleEndian.Uint16(w)&^uint16(mask)|uint16(v))
+		default:
+			w := b.dst[4*at:]
+			binary.LittleEndian.PutUint32(w, binary.LittleEndian.Uint32(w)&^mask|v)
+		}
+	}
+	return err
+}
+
+// decoder is the table that group chose for field i.
+func (f *Format) decoder(i, group int) *rans.Decoder {
+	m := f.sym[i]
+	return m.expand(f.element(i, f.join()))[m.choice[group]]
+}
+
+// joinSymbols decodes blocks of one field into their words, all streams of the coder side by side.
+func (f *Format) joinSymbols(blocks []block, group int, s *Scratch) error {
+	x, batch := f.fields[0], &s.batch[0]
+	batch.Reset()
+	var coded [GroupBlocks]*block
+	n := 0
+	for k := range blocks {
+		b := &blocks[k]
+		if p := &b.fields[0]; p.sym.kind == planeRANS {
+			if err := batch.Add(p.sym.data, p.rest, b.n); err != nil {
+				return corrupt("%s", err)
+			}
+			batch.Target(n, b.dst)
+			coded[n] = b
+			n++
+		} else {
+			sym := room(&s.sym, b.n)
+			if err := p.sym.fill(sym, s); err != nil {
+				return err
+			}
+			x.JoinDirect(b.dst, sym, p.rest, f.word, f.shift)
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	batch.Next(f.decoder(0, group), BlockWords)
+	for k, b := range coded[:n] {
+		carry, err := batch.Close(k)
+		if err != nil {
+			return corrupt("%s", err)
+		}
+		if err := f.patchWords(b, 0, &carry, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// chunkWords is how many words of a block joinBytes has in hand: the parts of four blocks stay in the caches.
+const chunkWords = 4096
+
+// joinBytes decodes blocks of 32-bit words: their upper halves and two planes of bytes, a chunk at a time.
+func (f *Format) joinBytes(blocks []block, group int, s *Scratch) error {
+	size := [3]int{2, 1, 1}
+	var parts [GroupBlocks][3]struct {
+		data   []byte // all of the part, or a chunk's room where it is coded
+		stream int    // of the field's batch, or -1
+	}
+	used := 0
+	take := func(n int) []byte {
+		used += n
+		return s.parts[used-n : used]
+	}
+	s.parts = room(&s.parts, GroupBlocks*4*BlockWords)
+	for i := range size {
+		s.batch[i].Reset()
+		for k, n := 0, 0; k < len(blocks); k++ {
+			b, part := &blocks[k], &parts[k][i]
+			p := &b.fields[i]
+			if part.stream = -1; p.sym.kind == planeRANS {
+				if err := s.batch[i].Add(p.sym.data, p.rest, b.n); err != nil {
+					return corrupt("%s", err)
+				}
+				part.stream = n
+				n++
+				part.data = take(chunkWords * size[i])
+				continue
+			}
+			if i > 0 && p.sym.kind == planeRaw {
+				part.data = p.sym.data
+				continue
+			}
+			sym := room(&s.sym, b.n)
+			if err := p.sym.fill(sym, s); err != nil {
+				return err
+			}
+			part.data = take(b.n * size[i])
+			x := f.fields[i]
+			x.Shift = 0
+			x.JoinDirect(part.data, sym, p.rest, size[i], 0)
+		}
+	}
+	for at := 0; at < blocks[0].n; at += chunkWords { // only a last block is shorter than the first
+		for i := range size {
+			any := false
+			for k := range blocks {
+				if n := parts[k][i].stream; n >= 0 {
+					s.batch[i].Target(n, parts[k][i].data)
+					any = true
+				}
+			}
+			if any {
+				s.batch[i].Next(f.decoder(i, group), chunkWords)
+			}
+		}
+		for k := range blocks {
+			b := &blocks[k]
+			n := min(chunkWords, b.n-at)
+			if n <= 0 {
+				break
+			}
+			var part [3][]byte
+			for i, p := range parts[k] {
+				if part[i] = p.data; p.stream < 0 {
+					part[i] = p.data[at*size[i]:]
+				}
+			}
+			planes.Join32(b.dst[4*at:4*(at+n)], part[0], part[1], part[2])
+		}
+	}
+	for k := range blocks {
+		for i := range size {
+			if n := parts[k][i].stream; n >= 0 {
+				carry, err := s.batch[i].Close(n)
+				if err != nil {
+					return corrupt("%s", err)
+				}
+				if err := f.patchWords(&blocks[k], i, &carry, s); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// joinFields decodes a block of any fields and any transform.
+func (f *Format) joinFields(b *block, group int, s *Scratch) error {
+	sym, mant, rest := room(&s.sym, b.n), room(&s.mant, b.n), room(&s.rest, b.n)
+	words := room(&s.words, b.n)
+	clear(words)
+	for i, x := range f.fields {
+		p := &b.fields[i]
+		if err := f.symbols(sym, mant, i, group, b, s); err != nil {
+			return err
+		}
+		if x.Mant > 0 && p.sym.kind != planePaired {
+			if err := p.mant.fill(mant, s); err != nil {
+				return err
+			}
+		}
+		if x.Rest > 0 {
+			planes.Unpack(rest, p.rest, x.Rest)
+		}
+		x.Join(words, sym, mant, rest)
+	}
+	if !f.undo(words) {
+		return corrupt("index outside the palette")
+	}
+	planes.Store(b.dst, words, f.word, 0)
+	return nil
+}
+
+// symbols decodes the symbols of field i, and the mantissas that share their stream.
+func (f *Format) symbols(sym, mant []uint16, i, group int, b *block, s *Scratch) error {
+	x, p := f.fields[i], &b.fields[i]
+	var carry [rans.Lanes]uint16
+	var err error
+	switch p.sym.kind {
+	case planeRANS:
+		carry, err = decodeSymbols(sym, p.sym.data, f.decoder(i, group), s)
+	case planePaired:
+		m := f.mant[i]
+		pair := &rans.PairOf{Values: mant, Tables: m.expand(rans.Symbols), Class: m.classes, Shift: classShift(x.Sym)}
+		if carry, err = rans.DecodeClasses(sym, p.sym.data, []*rans.Decoder{f.decoder(i, group)}, nil, pair); err == nil {
+			if err := p.mant.patch(mant, &[rans.Lanes]uint16{}, s); err != nil {
+				return err
+			}
+		}
+	default:
+		return p.sym.fill(sym, s)
+	}
+	if err != nil {
+		return corrupt("%s", err)
+	}
+	return p.sym.patch(sym, &carry, s)
+}
+
+// decodeSymbols decodes a stream of one table.
+func decodeSymbols(sym []uint16, src []byte, d *rans.Decoder, s *Scratch) (carry [rans.Lanes]uint16, err error) {
+	batch, out := &s.batch[0], room(&s.symBytes, 2*len(sym))
+	batch.Reset()
+	if err := batch.Add(src, nil, len(sym)); err != nil {
+		return carry, err
+	}
+	batch.Target(0, out)
+	batch.Next(d, BlockWords)
+	for i := range sym {
+		sym[i] = binary.LittleEndian.Uint16(out[2*i:])
+	}
+	return batch.Close(0)
+}
+
+// decodeDiff decodes a block of differences to a base, and returns what follows.
+func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) ([]byte, error) {
 	n, width := len(dst)/f.word, f.width()
+	if len(base) < len(dst) {
+		return nil, errorf(Internal, "base of %d bytes for a block of %d", len(base), len(dst))
+	}
 	sym, words, from := room(&s.sym, n), room(&s.words, n), room(&s.base, n)
 	planes.Load(from, base, f.word, 0)
-	var tables []*rans.Decoder
-	if len(f.sym[0].tables) > 0 {
-		tables = f.sym[0].expand()
-	}
-	body, err := decodeSymbols(sym, 7, tables, f.baseClasses(from, s), alone, nil, body, s)
+	var p plane
+	body, err := p.cut(body, n, 7, alone, len(f.sym[0].tables) > 0)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if p.kind == planeRANS {
+		carry, err := rans.DecodeClasses(sym, p.data, f.sym[0].expand(rans.Symbols), f.baseClasses(from, s), nil)
+		if err != nil {
+			return nil, corrupt("%s", err)
+		}
+		err = p.patch(sym, &carry, s)
+		if err != nil {
+			return nil, err
+		}
+	} else if err := p.fill(sym, s); err != nil {
+		return nil, err
 	}
 	total := 0
 	for _, b := range sym {
 		if uint(b) > width {
-			return corrupt("difference of %d bits", b)
+			return nil, corrupt("difference of %d bits", b)
 		}
 		total += max(int(b)-1, 0)
 	}
 	raw, body, err := takeBits(body, total)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	r := bitReader{src: raw}
 	for i, b := range sym {
@@ -364,7 +697,7 @@ func (f *Format) decodeDiff(dst, body, base []byte, last bool, s *Scratch) error
 		}
 	}
 	planes.Store(dst, words, f.word, 0)
-	return zeroPadding(body, last)
+	return body, nil
 }
 
 // baseClasses looks up the class of every word of the base: by its top eight bits after the sign, the exponent of most

@@ -85,15 +85,17 @@ func decodeAll(payload []byte, sum uint64, d DType, rawLen int64, base []byte) (
 	}
 	out := make([]byte, rawLen)
 	s := NewScratch()
-	for i := range p.Blocks() {
-		off, length := p.BlockSpan(i)
+	for i, run := 0, 1; i < p.Blocks(); i, run = i+run, run%GroupBlocks+1 {
+		run = min(run, GroupBlocks-i%GroupBlocks, p.Blocks()-i)
+		off, _ := p.BlockSpan(i)
+		end, length := p.BlockSpan(i + run - 1)
 		lo := int64(i) * p.BlockBytes()
-		hi := min(lo+p.BlockBytes(), rawLen)
+		hi := min(lo+int64(run)*p.BlockBytes(), rawLen)
 		var b []byte
 		if base != nil {
 			b = base[lo:hi]
 		}
-		if err := p.DecodeBlock(i, out[lo:hi], payload[off:off+length], b, s); err != nil {
+		if err := p.DecodeBlocks(i, out[lo:hi], payload[off:end+length], b, s); err != nil {
 			return nil, err
 		}
 	}
@@ -313,7 +315,7 @@ func FuzzPayload(f *testing.F) {
 			dst := make([]byte, min(p.BlockBytes(), int64(rawLen)-lo))
 			src := payload[off : off+length]
 			p.hash[i] = xxh3.Hash(src)
-			_ = p.DecodeBlock(i, dst, src, make([]byte, len(dst)), s)
+			_ = p.DecodeBlocks(i, dst, src, make([]byte, len(dst)), s)
 		}
 	})
 }
@@ -336,10 +338,11 @@ func BenchmarkTensor(b *testing.B) {
 				b.SetBytes(int64(len(raw)))
 				b.ReportMetric(float64(len(payload))/float64(len(raw))*100, "%")
 				for b.Loop() {
-					for i := range p.Blocks() {
-						off, length := p.BlockSpan(i)
+					for i := 0; i < p.Blocks(); i += GroupBlocks {
+						off, _ := p.BlockSpan(i)
+						end, length := p.BlockSpan(i + GroupBlocks - 1)
 						lo := int64(i) * p.BlockBytes()
-						if err := p.DecodeBlock(i, dst[lo:lo+p.BlockBytes()], payload[off:off+length], nil, s); err != nil {
+						if err := p.DecodeBlocks(i, dst[lo:lo+GroupBlocks*p.BlockBytes()], payload[off:end+length], nil, s); err != nil {
 							b.Fatal(err)
 						}
 					}

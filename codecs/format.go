@@ -52,11 +52,12 @@ type tableSet struct {
 	encoders []*rans.Encoder
 }
 
-func (m *tableSet) expand() []*rans.Decoder {
+// expand prepares the tables for decoding to elements, the same at every call.
+func (m *tableSet) expand(e rans.Element) []*rans.Decoder {
 	m.once.Do(func() {
 		m.decoders = make([]*rans.Decoder, len(m.tables))
 		for i, t := range m.tables {
-			m.decoders[i] = rans.NewDecoder(t)
+			m.decoders[i] = rans.NewDecoder(t, e)
 		}
 	})
 	return m.decoders

@@ -54,7 +54,7 @@ func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []pl
 	start, n := len(dst), len(raw)/f.word
 	if f.transform == BaseDiff {
 		dst = f.encodeDiff(append(dst, blockCoded, 0, 0, 0), raw, base, s)
-	} else if f.direct() && f.word == 2 {
+	} else if f.join() == joinSymbols && f.word == 2 {
 		dst = append(dst, blockCoded, 0, 0, 0)
 		sym := room(&s.sym, n)
 		s.packed = f.fields[0].SplitDirect(sym, s.packed[:0], raw, f.shift)
@@ -354,7 +354,7 @@ func (e *Encoding) appendBlock(dst []byte, i int, raw, base []byte, s *Scratch) 
 	dst = e.encodeBlock(dst, i/GroupBlocks, raw, base, e.plans, e.whole, e.level, s)
 	block := dst[start:]
 	s.check = slices.Grow(s.check[:0], len(raw))[:len(raw)]
-	if err := e.decodeBlock(i, s.check, block, base, s); err != nil {
+	if err := e.decodeBlocks(i, s.check, [][]byte{block}, base, s); err != nil {
 		return nil, indexItem{}, errorf(Internal, "block does not decode after encoding: %s", err)
 	}
 	if string(s.check) != string(raw) {

@@ -1,7 +1,6 @@
 package core
 
 import (
-	"bytes"
 	"crypto/md5"
 	"errors"
 	"fmt"
@@ -90,7 +89,7 @@ func Open(path, basePath string) (*Reader, error) {
 
 // OpenBytes opens a whole `.bs` file in memory, which must stay unchanged while the reader is used.
 func OpenBytes(b []byte) (*Reader, error) {
-	c, err := openContainer("", bytes.NewReader(b), int64(len(b)))
+	c, err := openContainer("", memory(b), int64(len(b)))
 	if err != nil {
 		return nil, err
 	}
@@ -372,52 +371,84 @@ func (r *Reader) cached(t tensor) (*payload, error) {
 	return p, nil
 }
 
-// readBlocks reads blocks first to last-1 at once.
-func (p *payload) readBlocks(first, last int, buf []byte) ([]byte, error) {
+// memory is a file that lies in memory.
+type memory []byte
+
+// ReadAt implements io.ReaderAt.
+func (m memory) ReadAt(b []byte, off int64) (int, error) {
+	if off >= int64(len(m)) {
+		return 0, io.EOF
+	}
+	n := copy(b, m[off:])
+	if n < len(b) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// inputSlack is what a buffer has behind the bytes that were read, for the kernels to read over.
+const inputSlack = 4096
+
+// readBlocks reads blocks first to last-1 at once: into the buffer, or, from memory, nowhere.
+func (p *payload) readBlocks(first, last int, s *codecs.Scratch) ([]byte, error) {
 	from, _ := p.BlockSpan(first)
 	end, n := p.BlockSpan(last - 1)
-	size := int(end + n - from)
-	buf = slices.Grow(buf[:0], size)[:size]
-	got, err := p.file.src.ReadAt(buf, p.entry.offset+from)
-	if got == size {
+	size := end + n - from
+	from += p.entry.offset
+	if m, ok := p.file.src.(memory); ok {
+		return m[from : from+size], nil // openContainer checked that it is there
+	}
+	s.Input = slices.Grow(s.Input[:0], int(size)+inputSlack)
+	buf := s.Input[:size]
+	got, err := p.file.src.ReadAt(buf, from)
+	if got == len(buf) {
 		return buf, nil
 	}
 	if err == nil || errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
-	return buf, err
+	return nil, err
 }
 
-// decode decodes the tensor's bytes from lo to hi, within blocks first to last-1, into dst.
+// decode decodes the tensor's bytes from lo to hi, within blocks first to last-1, into dst: the blocks of a group together,
+// but those of which only a part is wanted.
 func (p *payload) decode(first, last int, lo, hi int64, dst []byte, s *codecs.Scratch) error {
-	src, err := p.readBlocks(first, last, s.Input)
+	src, err := p.readBlocks(first, last, s)
 	if err != nil {
 		return at(err, p.file.name, p.entry.name)
 	}
-	s.Input = src
 	start, _ := p.BlockSpan(first)
-	for b := first; b < last; b++ {
-		off, n := p.BlockSpan(b)
-		from := int64(b) * p.BlockBytes()
-		to := min(from+p.BlockBytes(), p.entry.bytes)
+	for b := first; b < last; {
+		from, run := int64(b)*p.BlockBytes(), 1
+		whole := func(k int) bool { // is all of block k wanted?
+			a := int64(k) * p.BlockBytes()
+			return k < last && a >= lo && min(a+p.BlockBytes(), p.entry.bytes) <= hi
+		}
+		for whole(b) && whole(b+run) && (b+run)%codecs.GroupBlocks != 0 {
+			run++
+		}
+		to := min(from+int64(run)*p.BlockBytes(), p.entry.bytes)
+		a, z := max(from, lo), min(to, hi)
+		out := dst[a-lo : z-lo]
+		if !whole(b) {
+			s.Output = slices.Grow(s.Output[:0], int(to-from))[:to-from]
+			out = s.Output
+		}
 		var base []byte
 		if p.base != nil {
 			if base, err = p.base.block(from, to, s); err != nil {
 				return err
 			}
 		}
-		a, z := max(from, lo), min(to, hi)
-		out := dst[a-lo : z-lo]
-		if a != from || z != to { // only part of the block is wanted
-			s.Output = slices.Grow(s.Output[:0], int(to-from))[:to-from]
-			out = s.Output
-		}
-		if err := p.DecodeBlock(b, out, src[off-start:off-start+n], base, s); err != nil {
+		off, _ := p.BlockSpan(b)
+		end, n := p.BlockSpan(b + run - 1)
+		if err := p.DecodeBlocks(b, out, src[off-start:end+n-start], base, s); err != nil {
 			return at(err, p.file.name, p.entry.name)
 		}
-		if a != from || z != to {
+		if !whole(b) {
 			copy(dst[a-lo:z-lo], out[a-from:z-from])
 		}
+		b += run
 	}
 	return nil
 }
@@ -455,11 +486,13 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 		}
 		word := int64(codecs.BlockWords * m.entry.dtype.WordBytes())
 		first, last := int(q.lo/word), int((q.hi+word-1)/word)
-		const run = codecs.GroupBlocks
-		for b := first; b < last; b += run {
-			pieces = append(pieces, piece{q, b, min(b+run, last)})
+		for b := first; b < last; {
+			next := min((b/codecs.GroupBlocks+1)*codecs.GroupBlocks, last)
+			pieces = append(pieces, piece{q, b, next})
 			q.left.Add(1)
+			b = next
 		}
+		hugePages(q.dst)
 	}
 	p.total(total)
 	return p.run(len(pieces), func(i int, s *codecs.Scratch) error {
