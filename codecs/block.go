@@ -39,6 +39,8 @@ const (
 type Scratch struct {
 	// For whoever moves blocks about: compressed bytes, a decoded block, a base's block.
 	Input, Output, BaseBytes []byte
+	// Past says that the destinations are more than the caches hold, and nothing is in need of them soon.
+	Past bool
 
 	words, base    []uint64
 	sym, mant      []uint16
@@ -54,6 +56,7 @@ type Scratch struct {
 
 	blocks   [GroupBlocks]block
 	batch    [3]rans.Batch // one a field of joinBytes
+	ahead    []byte        // what lies behind the blocks that are decoded
 	parts    []byte
 	symBytes []byte
 }
@@ -102,6 +105,7 @@ func (p *Payload) DecodeBlocks(first int, dst, src, base []byte, s *Scratch) err
 		}
 		blocks[n], src = block, src[length:]
 	}
+	s.ahead = src[:cap(src)]
 	return p.decodeBlocks(first, dst, blocks[:n], base, s)
 }
 
@@ -458,6 +462,7 @@ func (f *Format) decoder(i, group int) *rans.Decoder {
 func (f *Format) joinSymbols(blocks []block, group int, s *Scratch) error {
 	x, batch := f.fields[0], &s.batch[0]
 	batch.Reset()
+	batch.Past, batch.Ahead = s.Past, s.ahead
 	var coded [GroupBlocks]*block
 	n := 0
 	for k := range blocks {

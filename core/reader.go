@@ -471,6 +471,9 @@ type request struct {
 	left   atomic.Int32
 }
 
+// largerThanCaches is from where on a request is stored past them.
+const largerThanCaches = 16 << 20
+
 // decodeAll runs requests, block by block, over the pool.
 func (r *Reader) decodeAll(requests []*request, p *pool) error {
 	var pieces []piece
@@ -495,8 +498,11 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 		hugePages(q.dst)
 	}
 	p.total(total)
+	past := total >= largerThanCaches
 	return p.run(len(pieces), func(i int, s *codecs.Scratch) error {
 		q := pieces[i].r
+		s.Past = past
+		defer func() { s.Past = false }()
 		q.open.Do(func() {
 			if len(requests) == 1 {
 				q.p, q.err = r.cached(q.tensor)

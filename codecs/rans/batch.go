@@ -30,6 +30,11 @@ const BatchStreams = 4
 // Batch decodes up to four streams of one table side by side, as far as it is told to at a time. It has no meaning
 // between a Close of the last stream and the next Add.
 type Batch struct {
+	// Past says that what is decoded is too much for the caches: it is stored past them, where that can be.
+	Past bool
+	// Ahead is what is decoded next: it is brought closer meanwhile.
+	Ahead []byte
+
 	streams [BatchStreams]stream
 	n       int
 	sym     [64 * Lanes]uint16
@@ -52,16 +57,16 @@ type turns struct {
 	rest     [BatchStreams]uintptr
 	dst      [BatchStreams]uintptr
 	count    uint64
-	restStep uint64 // bytes of rest a turn takes
-	_        uint64
+	restStep uint64  // bytes of rest a turn takes
+	ahead    uintptr // is prefetched, up to 64 bytes a turn and stream; advanced by the kernel. Nothing has to be there
 	state    [BatchStreams]states
 }
 
 // states are 32 states as the AVX-512 kernels hold them: low halves, then high halves.
 type states [2 * Lanes]uint16
 
-// Reset forgets all streams.
-func (b *Batch) Reset() { b.n = 0 }
+// Reset forgets everything.
+func (b *Batch) Reset() { b.n, b.Past, b.Ahead = 0, false, nil }
 
 // Add opens a stream of n symbols: src has its states and words and no more, rest the packed rest of its elements.
 // Both may be read, without any effect, up to their capacity.
@@ -127,7 +132,8 @@ func (e Element) put(dst []byte, sym []uint16, rest []byte) {
 type kernel struct {
 	run      [BatchStreams]func(*byte)
 	table    unsafe.Pointer
-	restRead int // how much of the rest it reads in a turn
+	restRead int                       // how much of the rest it reads in a turn
+	past     [BatchStreams]func(*byte) // run, but past the caches; nil where there is none
 }
 
 // wordRead is how much of the words a kernel reads in a turn; it takes no more than that.
@@ -150,7 +156,7 @@ func (s *stream) safe(restRead, restStep int) int {
 // Close says so.
 func (b *Batch) run(k *kernel, restStep, size int) {
 	a := &b.args
-	a.table, a.restStep = uintptr(k.table), uint64(restStep)
+	a.table, a.restStep, a.ahead = uintptr(k.table), uint64(restStep), uintptr(unsafe.Pointer(unsafe.SliceData(b.Ahead)))
 	for {
 		var active [BatchStreams]*stream
 		n, count := 0, 0
@@ -168,15 +174,21 @@ func (b *Batch) run(k *kernel, restStep, size int) {
 			return
 		}
 		a.count = uint64(count)
+		aligned := b.Past && k.past[0] != nil
 		for i, s := range active[:n] {
 			a.src[i] = uintptr(unsafe.Pointer(unsafe.SliceData(s.words)))
 			a.rest[i] = uintptr(unsafe.Pointer(unsafe.SliceData(s.rest)))
 			a.dst[i] = uintptr(unsafe.Pointer(unsafe.SliceData(s.dst[:count*Lanes*size])))
+			aligned = aligned && a.dst[i]%64 == 0
 			for j, x := range s.x {
 				a.state[i][j], a.state[i][Lanes+j] = uint16(x), uint16(x>>16)
 			}
 		}
-		k.run[n-1]((*byte)(unsafe.Pointer(a)))
+		if aligned {
+			k.past[n-1]((*byte)(unsafe.Pointer(a)))
+		} else {
+			k.run[n-1]((*byte)(unsafe.Pointer(a)))
+		}
 		for i, s := range active[:n] {
 			taken := int(a.src[i] - uintptr(unsafe.Pointer(unsafe.SliceData(s.words))))
 			s.short = taken > len(s.words)

@@ -103,3 +103,63 @@ func aliasBytesNarrow3(a *byte)
 //
 //go:noescape
 func aliasBytesNarrow4(a *byte)
+
+// aliasWordsPast1 decodes a.count turns of 1 streams with alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsPast1(a *byte)
+
+// aliasWordsPast2 decodes a.count turns of 2 streams with alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsPast2(a *byte)
+
+// aliasWordsPast3 decodes a.count turns of 3 streams with alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsPast3(a *byte)
+
+// aliasWordsPast4 decodes a.count turns of 4 streams with alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsPast4(a *byte)
+
+// aliasWordsNarrowPast1 decodes a.count turns of 1 streams with alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsNarrowPast1(a *byte)
+
+// aliasWordsNarrowPast2 decodes a.count turns of 2 streams with alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsNarrowPast2(a *byte)
+
+// aliasWordsNarrowPast3 decodes a.count turns of 3 streams with alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsNarrowPast3(a *byte)
+
+// aliasWordsNarrowPast4 decodes a.count turns of 4 streams with alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsNarrowPast4(a *byte)
+
+// aliasWordsWidePast1 decodes a.count turns of 1 streams with alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsWidePast1(a *byte)
+
+// aliasWordsWidePast2 decodes a.count turns of 2 streams with alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsWidePast2(a *byte)
+
+// aliasWordsWidePast3 decodes a.count turns of 3 streams with alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsWidePast3(a *byte)
+
+// aliasWordsWidePast4 decodes a.count turns of 4 streams with alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func aliasWordsWidePast4(a *byte)

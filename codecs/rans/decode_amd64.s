@@ -5,7 +5,7 @@
 #include "textflag.h"
 
 // func aliasWords1(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWords1(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -22,9 +22,13 @@ TEXT ·aliasWords1(SB), NOSPLIT, $0-8
 	MOVQ       72(AX), DX
 	VMOVDQU16  128(AX), Z9
 	VMOVDQU16  192(AX), Z10
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), BX
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z11
 	VPERMI2W  Z1, Z0, Z11
@@ -61,11 +65,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z11
-	KMOVD     K1, BX
+	KMOVD     K1, SI
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z11, K1, Z9
-	POPCNTL   BX, BX
-	LEAQ      (CX)(BX*2), CX
+	POPCNTL   SI, SI
+	LEAQ      (CX)(SI*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z13
@@ -73,12 +77,14 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z13, (DX)
 	ADDQ      $0x40, DX
-	DECQ      AX
+	ADDQ      $0x40, AX
+	DECQ      BX
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
 	VZEROUPPER
 	RET
 
@@ -86,7 +92,7 @@ DATA high4<>+0(SB)/4, $0xf000f000
 GLOBL high4<>(SB), RODATA|NOPTR, $4
 
 // func aliasWords2(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWords2(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -107,9 +113,13 @@ TEXT ·aliasWords2(SB), NOSPLIT, $0-8
 	MOVQ       80(AX), SI
 	VMOVDQU16  256(AX), Z11
 	VMOVDQU16  320(AX), Z12
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), DI
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z13
 	VPERMI2W  Z1, Z0, Z13
@@ -146,11 +156,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z13
-	KMOVD     K1, DI
+	KMOVD     K1, R8
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z13, K1, Z9
-	POPCNTL   DI, DI
-	LEAQ      (CX)(DI*2), CX
+	POPCNTL   R8, R8
+	LEAQ      (CX)(R8*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z15
@@ -158,6 +168,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z15, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z13
@@ -195,11 +208,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z13
-	KMOVD     K1, DI
+	KMOVD     K1, R8
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z13, K1, Z11
-	POPCNTL   DI, DI
-	LEAQ      (BX)(DI*2), BX
+	POPCNTL   R8, R8
+	LEAQ      (BX)(R8*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z16
@@ -207,20 +220,22 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z16, (SI)
 	ADDQ      $0x40, SI
-	DECQ      AX
+	ADDQ      $0x80, AX
+	DECQ      DI
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWords3(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWords3(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -245,9 +260,13 @@ TEXT ·aliasWords3(SB), NOSPLIT, $0-8
 	MOVQ       88(AX), R8
 	VMOVDQU16  384(AX), Z13
 	VMOVDQU16  448(AX), Z14
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z15
 	VPERMI2W  Z1, Z0, Z15
@@ -284,11 +303,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z15, K1, Z9
-	POPCNTL   R9, R9
-	LEAQ      (CX)(R9*2), CX
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z17
@@ -296,6 +315,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z17, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z15
@@ -333,11 +355,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z15, K1, Z11
-	POPCNTL   R9, R9
-	LEAQ      (BX)(R9*2), BX
+	POPCNTL   R10, R10
+	LEAQ      (BX)(R10*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z18
@@ -345,6 +367,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z18, (SI)
 	ADDQ      $0x40, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z15
@@ -382,11 +407,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (DI), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z15, K1, Z13
-	POPCNTL   R9, R9
-	LEAQ      (DI)(R9*2), DI
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z19
@@ -394,23 +419,25 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z19, (R8)
 	ADDQ      $0x40, R8
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R9
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
-	MOVQ      DI, 24(AX)
-	VMOVDQU16 Z13, 384(AX)
-	VMOVDQU16 Z14, 448(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWords4(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWords4(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -439,9 +466,13 @@ TEXT ·aliasWords4(SB), NOSPLIT, $0-8
 	MOVQ       96(AX), R10
 	VMOVDQU16  512(AX), Z15
 	VMOVDQU16  576(AX), Z16
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R11
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z17
 	VPERMI2W  Z1, Z0, Z17
@@ -478,11 +509,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z17, K1, Z9
-	POPCNTL   R11, R11
-	LEAQ      (CX)(R11*2), CX
+	POPCNTL   R12, R12
+	LEAQ      (CX)(R12*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z19
@@ -490,6 +521,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z19, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z17
@@ -527,11 +561,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z17, K1, Z11
-	POPCNTL   R11, R11
-	LEAQ      (BX)(R11*2), BX
+	POPCNTL   R12, R12
+	LEAQ      (BX)(R12*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z20
@@ -539,6 +573,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z20, (SI)
 	ADDQ      $0x40, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z17
@@ -576,11 +613,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (DI), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z17, K1, Z13
-	POPCNTL   R11, R11
-	LEAQ      (DI)(R11*2), DI
+	POPCNTL   R12, R12
+	LEAQ      (DI)(R12*2), DI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z21
@@ -625,11 +662,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z16, Z16, K1
 	VMOVDQU16 (R9), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z15, K1, Z16
 	VPEXPANDW Z17, K1, Z15
-	POPCNTL   R11, R11
-	LEAQ      (R9)(R11*2), R9
+	POPCNTL   R12, R12
+	LEAQ      (R9)(R12*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z22
@@ -637,26 +674,28 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z22, (R10)
 	ADDQ      $0x40, R10
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R11
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
-	MOVQ      DI, 24(AX)
-	VMOVDQU16 Z13, 384(AX)
-	VMOVDQU16 Z14, 448(AX)
-	MOVQ      R9, 32(AX)
-	VMOVDQU16 Z15, 512(AX)
-	VMOVDQU16 Z16, 576(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
+	MOVQ      R9, 32(DX)
+	VMOVDQU16 Z15, 512(DX)
+	VMOVDQU16 Z16, 576(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsNarrow1(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasWordsNarrow1(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -679,9 +718,13 @@ TEXT ·aliasWordsNarrow1(SB), NOSPLIT, $8-8
 	MOVQ       40(AX), BX
 	VMOVDQU16  128(AX), Z12
 	VMOVDQU16  192(AX), Z13
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), SI
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z12, Z14
 	VPERMI2W  Z1, Z0, Z14
@@ -718,11 +761,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z13, Z13, K1
 	VMOVDQU16 (CX), Z14
-	KMOVD     K1, SI
+	KMOVD     K1, DI
 	VMOVDQU16 Z12, K1, Z13
 	VPEXPANDW Z14, K1, Z12
-	POPCNTL   SI, SI
-	LEAQ      (CX)(SI*2), CX
+	POPCNTL   DI, DI
+	LEAQ      (CX)(DI*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z16
@@ -739,17 +782,19 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z16, (DX)
 	ADDQ      $0x40, DX
-	DECQ      AX
+	ADDQ      $0x40, AX
+	DECQ      SI
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z12, 128(AX)
-	VMOVDQU16 Z13, 192(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsNarrow2(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasWordsNarrow2(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -777,9 +822,13 @@ TEXT ·aliasWordsNarrow2(SB), NOSPLIT, $8-8
 	MOVQ       48(AX), R8
 	VMOVDQU16  256(AX), Z14
 	VMOVDQU16  320(AX), Z15
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z12, Z16
 	VPERMI2W  Z1, Z0, Z16
@@ -816,11 +865,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z13, Z13, K1
 	VMOVDQU16 (CX), Z16
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z12, K1, Z13
 	VPEXPANDW Z16, K1, Z12
-	POPCNTL   R9, R9
-	LEAQ      (CX)(R9*2), CX
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z18
@@ -837,6 +886,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z18, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z16
@@ -874,11 +926,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (SI), Z16
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z16, K1, Z14
-	POPCNTL   R9, R9
-	LEAQ      (SI)(R9*2), SI
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z20
@@ -895,20 +947,22 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z20, (DI)
 	ADDQ      $0x40, DI
-	DECQ      AX
+	ADDQ      $0x80, AX
+	DECQ      R9
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z12, 128(AX)
-	VMOVDQU16 Z13, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z14, 256(AX)
-	VMOVDQU16 Z15, 320(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsNarrow3(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasWordsNarrow3(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -941,9 +995,13 @@ TEXT ·aliasWordsNarrow3(SB), NOSPLIT, $8-8
 	MOVQ       56(AX), R11
 	VMOVDQU16  384(AX), Z16
 	VMOVDQU16  448(AX), Z17
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R12
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z12, Z18
 	VPERMI2W  Z1, Z0, Z18
@@ -980,11 +1038,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z13, Z13, K1
 	VMOVDQU16 (CX), Z18
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z12, K1, Z13
 	VPEXPANDW Z18, K1, Z12
-	POPCNTL   R12, R12
-	LEAQ      (CX)(R12*2), CX
+	POPCNTL   R13, R13
+	LEAQ      (CX)(R13*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z20
@@ -1001,6 +1059,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z20, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z18
@@ -1038,11 +1099,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (SI), Z18
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z18, K1, Z14
-	POPCNTL   R12, R12
-	LEAQ      (SI)(R12*2), SI
+	POPCNTL   R13, R13
+	LEAQ      (SI)(R13*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z22
@@ -1059,6 +1120,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z22, (DI)
 	ADDQ      $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z16, Z18
@@ -1096,11 +1160,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z17, Z17, K1
 	VMOVDQU16 (R9), Z18
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z16, K1, Z17
 	VPEXPANDW Z18, K1, Z16
-	POPCNTL   R12, R12
-	LEAQ      (R9)(R12*2), R9
+	POPCNTL   R13, R13
+	LEAQ      (R9)(R13*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z24
@@ -1117,23 +1181,25 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z24, (R10)
 	ADDQ      $0x40, R10
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R12
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z12, 128(AX)
-	VMOVDQU16 Z13, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z14, 256(AX)
-	VMOVDQU16 Z15, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z16, 384(AX)
-	VMOVDQU16 Z17, 448(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z16, 384(DX)
+	VMOVDQU16 Z17, 448(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsNarrow4(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasWordsNarrow4(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -1171,9 +1237,13 @@ TEXT ·aliasWordsNarrow4(SB), NOSPLIT, $8-8
 	MOVQ       64(AX), R14
 	VMOVDQU16  512(AX), Z18
 	VMOVDQU16  576(AX), Z19
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R15
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z12, Z20
 	VPERMI2W  Z1, Z0, Z20
@@ -1210,11 +1280,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z13, Z13, K1
 	VMOVDQU16 (CX), Z20
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z12, K1, Z13
 	VPEXPANDW Z20, K1, Z12
-	POPCNTL   R15, R15
-	LEAQ      (CX)(R15*2), CX
+	POPCNTL   BP, BP
+	LEAQ      (CX)(BP*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z22
@@ -1231,6 +1301,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z22, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z20
@@ -1268,11 +1341,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (SI), Z20
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z20, K1, Z14
-	POPCNTL   R15, R15
-	LEAQ      (SI)(R15*2), SI
+	POPCNTL   BP, BP
+	LEAQ      (SI)(BP*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z24
@@ -1289,6 +1362,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z24, (DI)
 	ADDQ      $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z16, Z20
@@ -1326,11 +1402,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z17, Z17, K1
 	VMOVDQU16 (R9), Z20
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z16, K1, Z17
 	VPEXPANDW Z20, K1, Z16
-	POPCNTL   R15, R15
-	LEAQ      (R9)(R15*2), R9
+	POPCNTL   BP, BP
+	LEAQ      (R9)(BP*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z26
@@ -1384,11 +1460,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z19, Z19, K1
 	VMOVDQU16 (R12), Z20
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z18, K1, Z19
 	VPEXPANDW Z20, K1, Z18
-	POPCNTL   R15, R15
-	LEAQ      (R12)(R15*2), R12
+	POPCNTL   BP, BP
+	LEAQ      (R12)(BP*2), R12
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z28
@@ -1405,26 +1481,28 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z28, (R13)
 	ADDQ      $0x40, R13
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R15
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z12, 128(AX)
-	VMOVDQU16 Z13, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z14, 256(AX)
-	VMOVDQU16 Z15, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z16, 384(AX)
-	VMOVDQU16 Z17, 448(AX)
-	MOVQ      R12, 32(AX)
-	VMOVDQU16 Z18, 512(AX)
-	VMOVDQU16 Z19, 576(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z16, 384(DX)
+	VMOVDQU16 Z17, 448(DX)
+	MOVQ      R12, 32(DX)
+	VMOVDQU16 Z18, 512(DX)
+	VMOVDQU16 Z19, 576(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsWide1(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWordsWide1(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -1449,9 +1527,13 @@ TEXT ·aliasWordsWide1(SB), NOSPLIT, $8-8
 	MOVQ       40(AX), BX
 	VMOVDQU16  128(AX), Z14
 	VMOVDQU16  192(AX), Z15
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), SI
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z16
 	VPERMI2W  Z1, Z0, Z16
@@ -1488,11 +1570,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (CX), Z16
-	KMOVD     K1, SI
+	KMOVD     K1, DI
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z16, K1, Z14
-	POPCNTL   SI, SI
-	LEAQ      (CX)(SI*2), CX
+	POPCNTL   DI, DI
+	LEAQ      (CX)(DI*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z18
@@ -1510,17 +1592,19 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z18, (DX)
 	ADDQ      $0x40, DX
-	DECQ      AX
+	ADDQ      $0x40, AX
+	DECQ      SI
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z14, 128(AX)
-	VMOVDQU16 Z15, 192(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsWide2(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWordsWide2(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -1550,9 +1634,13 @@ TEXT ·aliasWordsWide2(SB), NOSPLIT, $8-8
 	MOVQ       48(AX), R8
 	VMOVDQU16  256(AX), Z16
 	VMOVDQU16  320(AX), Z17
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z18
 	VPERMI2W  Z1, Z0, Z18
@@ -1589,11 +1677,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (CX), Z18
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z18, K1, Z14
-	POPCNTL   R9, R9
-	LEAQ      (CX)(R9*2), CX
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z20
@@ -1611,6 +1699,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z20, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z16, Z18
@@ -1648,11 +1739,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z17, Z17, K1
 	VMOVDQU16 (SI), Z18
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z16, K1, Z17
 	VPEXPANDW Z18, K1, Z16
-	POPCNTL   R9, R9
-	LEAQ      (SI)(R9*2), SI
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z21
@@ -1670,20 +1761,22 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z21, (DI)
 	ADDQ      $0x40, DI
-	DECQ      AX
+	ADDQ      $0x80, AX
+	DECQ      R9
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z14, 128(AX)
-	VMOVDQU16 Z15, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z16, 256(AX)
-	VMOVDQU16 Z17, 320(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsWide3(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWordsWide3(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -1718,9 +1811,13 @@ TEXT ·aliasWordsWide3(SB), NOSPLIT, $8-8
 	MOVQ       56(AX), R11
 	VMOVDQU16  384(AX), Z18
 	VMOVDQU16  448(AX), Z19
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R12
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z20
 	VPERMI2W  Z1, Z0, Z20
@@ -1757,11 +1854,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (CX), Z20
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z20, K1, Z14
-	POPCNTL   R12, R12
-	LEAQ      (CX)(R12*2), CX
+	POPCNTL   R13, R13
+	LEAQ      (CX)(R13*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z22
@@ -1779,6 +1876,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z22, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z16, Z20
@@ -1816,11 +1916,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z17, Z17, K1
 	VMOVDQU16 (SI), Z20
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z16, K1, Z17
 	VPEXPANDW Z20, K1, Z16
-	POPCNTL   R12, R12
-	LEAQ      (SI)(R12*2), SI
+	POPCNTL   R13, R13
+	LEAQ      (SI)(R13*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z23
@@ -1838,6 +1938,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z23, (DI)
 	ADDQ      $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z18, Z20
@@ -1875,11 +1978,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z19, Z19, K1
 	VMOVDQU16 (R9), Z20
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z18, K1, Z19
 	VPEXPANDW Z20, K1, Z18
-	POPCNTL   R12, R12
-	LEAQ      (R9)(R12*2), R9
+	POPCNTL   R13, R13
+	LEAQ      (R9)(R13*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z24
@@ -1897,23 +2000,25 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z24, (R10)
 	ADDQ      $0x40, R10
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R12
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z14, 128(AX)
-	VMOVDQU16 Z15, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z16, 256(AX)
-	VMOVDQU16 Z17, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z18, 384(AX)
-	VMOVDQU16 Z19, 448(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z18, 384(DX)
+	VMOVDQU16 Z19, 448(DX)
 	VZEROUPPER
 	RET
 
 // func aliasWordsWide4(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasWordsWide4(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -1953,9 +2058,13 @@ TEXT ·aliasWordsWide4(SB), NOSPLIT, $8-8
 	MOVQ       64(AX), R14
 	VMOVDQU16  512(AX), Z20
 	VMOVDQU16  576(AX), Z21
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R15
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z14, Z22
 	VPERMI2W  Z1, Z0, Z22
@@ -1992,11 +2101,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z15, Z15, K1
 	VMOVDQU16 (CX), Z22
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z14, K1, Z15
 	VPEXPANDW Z22, K1, Z14
-	POPCNTL   R15, R15
-	LEAQ      (CX)(R15*2), CX
+	POPCNTL   BP, BP
+	LEAQ      (CX)(BP*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z24
@@ -2014,6 +2123,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z24, (DX)
 	ADDQ      $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z16, Z22
@@ -2051,11 +2163,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z17, Z17, K1
 	VMOVDQU16 (SI), Z22
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z16, K1, Z17
 	VPEXPANDW Z22, K1, Z16
-	POPCNTL   R15, R15
-	LEAQ      (SI)(R15*2), SI
+	POPCNTL   BP, BP
+	LEAQ      (SI)(BP*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z25
@@ -2073,6 +2185,9 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z25, (DI)
 	ADDQ      $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z18, Z22
@@ -2110,11 +2225,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z19, Z19, K1
 	VMOVDQU16 (R9), Z22
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z18, K1, Z19
 	VPEXPANDW Z22, K1, Z18
-	POPCNTL   R15, R15
-	LEAQ      (R9)(R15*2), R9
+	POPCNTL   BP, BP
+	LEAQ      (R9)(BP*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z26
@@ -2169,11 +2284,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z21, Z21, K1
 	VMOVDQU16 (R12), Z22
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z20, K1, Z21
 	VPEXPANDW Z22, K1, Z20
-	POPCNTL   R15, R15
-	LEAQ      (R12)(R15*2), R12
+	POPCNTL   BP, BP
+	LEAQ      (R12)(BP*2), R12
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z27
@@ -2191,26 +2306,28 @@ turn:
 	// *dst = v; dst++
 	VMOVDQU16 Z27, (R13)
 	ADDQ      $0x40, R13
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R15
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z14, 128(AX)
-	VMOVDQU16 Z15, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z16, 256(AX)
-	VMOVDQU16 Z17, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z18, 384(AX)
-	VMOVDQU16 Z19, 448(AX)
-	MOVQ      R12, 32(AX)
-	VMOVDQU16 Z20, 512(AX)
-	VMOVDQU16 Z21, 576(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z18, 384(DX)
+	VMOVDQU16 Z19, 448(DX)
+	MOVQ      R12, 32(DX)
+	VMOVDQU16 Z20, 512(DX)
+	VMOVDQU16 Z21, 576(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytes1(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasBytes1(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2227,9 +2344,13 @@ TEXT ·aliasBytes1(SB), NOSPLIT, $0-8
 	MOVQ       72(AX), DX
 	VMOVDQU16  128(AX), Z9
 	VMOVDQU16  192(AX), Z10
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), BX
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z11
 	VPERMI2W  Z1, Z0, Z11
@@ -2266,11 +2387,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z11
-	KMOVD     K1, BX
+	KMOVD     K1, SI
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z11, K1, Z9
-	POPCNTL   BX, BX
-	LEAQ      (CX)(BX*2), CX
+	POPCNTL   SI, SI
+	LEAQ      (CX)(SI*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z13
@@ -2278,17 +2399,19 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z13, (DX)
 	ADDQ      $0x20, DX
-	DECQ      AX
+	ADDQ      $0x40, AX
+	DECQ      BX
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytes2(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasBytes2(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2309,9 +2432,13 @@ TEXT ·aliasBytes2(SB), NOSPLIT, $0-8
 	MOVQ       80(AX), SI
 	VMOVDQU16  256(AX), Z11
 	VMOVDQU16  320(AX), Z12
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), DI
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z13
 	VPERMI2W  Z1, Z0, Z13
@@ -2348,11 +2475,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z13
-	KMOVD     K1, DI
+	KMOVD     K1, R8
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z13, K1, Z9
-	POPCNTL   DI, DI
-	LEAQ      (CX)(DI*2), CX
+	POPCNTL   R8, R8
+	LEAQ      (CX)(R8*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z15
@@ -2360,6 +2487,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z15, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z13
@@ -2397,11 +2527,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z13
-	KMOVD     K1, DI
+	KMOVD     K1, R8
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z13, K1, Z11
-	POPCNTL   DI, DI
-	LEAQ      (BX)(DI*2), BX
+	POPCNTL   R8, R8
+	LEAQ      (BX)(R8*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z16
@@ -2409,20 +2539,22 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z16, (SI)
 	ADDQ      $0x20, SI
-	DECQ      AX
+	ADDQ      $0x80, AX
+	DECQ      DI
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytes3(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasBytes3(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2447,9 +2579,13 @@ TEXT ·aliasBytes3(SB), NOSPLIT, $0-8
 	MOVQ       88(AX), R8
 	VMOVDQU16  384(AX), Z13
 	VMOVDQU16  448(AX), Z14
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z15
 	VPERMI2W  Z1, Z0, Z15
@@ -2486,11 +2622,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z15, K1, Z9
-	POPCNTL   R9, R9
-	LEAQ      (CX)(R9*2), CX
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z17
@@ -2498,6 +2634,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z17, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z15
@@ -2535,11 +2674,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z15, K1, Z11
-	POPCNTL   R9, R9
-	LEAQ      (BX)(R9*2), BX
+	POPCNTL   R10, R10
+	LEAQ      (BX)(R10*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z18
@@ -2547,6 +2686,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z18, (SI)
 	ADDQ    $0x20, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z15
@@ -2584,11 +2726,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (DI), Z15
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z15, K1, Z13
-	POPCNTL   R9, R9
-	LEAQ      (DI)(R9*2), DI
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z19
@@ -2596,23 +2738,25 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z19, (R8)
 	ADDQ      $0x20, R8
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R9
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
-	MOVQ      DI, 24(AX)
-	VMOVDQU16 Z13, 384(AX)
-	VMOVDQU16 Z14, 448(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytes4(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
 TEXT ·aliasBytes4(SB), NOSPLIT, $0-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2641,9 +2785,13 @@ TEXT ·aliasBytes4(SB), NOSPLIT, $0-8
 	MOVQ       96(AX), R10
 	VMOVDQU16  512(AX), Z15
 	VMOVDQU16  576(AX), Z16
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R11
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z9, Z17
 	VPERMI2W  Z1, Z0, Z17
@@ -2680,11 +2828,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z10, Z10, K1
 	VMOVDQU16 (CX), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z9, K1, Z10
 	VPEXPANDW Z17, K1, Z9
-	POPCNTL   R11, R11
-	LEAQ      (CX)(R11*2), CX
+	POPCNTL   R12, R12
+	LEAQ      (CX)(R12*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z19
@@ -2692,6 +2840,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z19, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z11, Z17
@@ -2729,11 +2880,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z12, Z12, K1
 	VMOVDQU16 (BX), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z11, K1, Z12
 	VPEXPANDW Z17, K1, Z11
-	POPCNTL   R11, R11
-	LEAQ      (BX)(R11*2), BX
+	POPCNTL   R12, R12
+	LEAQ      (BX)(R12*2), BX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z20
@@ -2741,6 +2892,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z20, (SI)
 	ADDQ    $0x20, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z17
@@ -2778,11 +2932,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (DI), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z17, K1, Z13
-	POPCNTL   R11, R11
-	LEAQ      (DI)(R11*2), DI
+	POPCNTL   R12, R12
+	LEAQ      (DI)(R12*2), DI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z21
@@ -2827,11 +2981,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z16, Z16, K1
 	VMOVDQU16 (R9), Z17
-	KMOVD     K1, R11
+	KMOVD     K1, R12
 	VMOVDQU16 Z15, K1, Z16
 	VPEXPANDW Z17, K1, Z15
-	POPCNTL   R11, R11
-	LEAQ      (R9)(R11*2), R9
+	POPCNTL   R12, R12
+	LEAQ      (R9)(R12*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z22
@@ -2839,26 +2993,28 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z22, (R10)
 	ADDQ      $0x20, R10
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R11
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z9, 128(AX)
-	VMOVDQU16 Z10, 192(AX)
-	MOVQ      BX, 16(AX)
-	VMOVDQU16 Z11, 256(AX)
-	VMOVDQU16 Z12, 320(AX)
-	MOVQ      DI, 24(AX)
-	VMOVDQU16 Z13, 384(AX)
-	VMOVDQU16 Z14, 448(AX)
-	MOVQ      R9, 32(AX)
-	VMOVDQU16 Z15, 512(AX)
-	VMOVDQU16 Z16, 576(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
+	MOVQ      R9, 32(DX)
+	VMOVDQU16 Z15, 512(DX)
+	VMOVDQU16 Z16, 576(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytesNarrow1(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasBytesNarrow1(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2882,9 +3038,13 @@ TEXT ·aliasBytesNarrow1(SB), NOSPLIT, $8-8
 	MOVQ       40(AX), BX
 	VMOVDQU16  128(AX), Z13
 	VMOVDQU16  192(AX), Z14
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), SI
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z15
 	VPERMI2W  Z1, Z0, Z15
@@ -2921,11 +3081,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (CX), Z15
-	KMOVD     K1, SI
+	KMOVD     K1, DI
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z15, K1, Z13
-	POPCNTL   SI, SI
-	LEAQ      (CX)(SI*2), CX
+	POPCNTL   DI, DI
+	LEAQ      (CX)(DI*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z17
@@ -2946,17 +3106,19 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z17, (DX)
 	ADDQ      $0x20, DX
-	DECQ      AX
+	ADDQ      $0x40, AX
+	DECQ      SI
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z13, 128(AX)
-	VMOVDQU16 Z14, 192(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z13, 128(DX)
+	VMOVDQU16 Z14, 192(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytesNarrow2(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasBytesNarrow2(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -2985,9 +3147,13 @@ TEXT ·aliasBytesNarrow2(SB), NOSPLIT, $8-8
 	MOVQ       48(AX), R8
 	VMOVDQU16  256(AX), Z15
 	VMOVDQU16  320(AX), Z16
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z17
 	VPERMI2W  Z1, Z0, Z17
@@ -3024,11 +3190,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (CX), Z17
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z17, K1, Z13
-	POPCNTL   R9, R9
-	LEAQ      (CX)(R9*2), CX
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z19
@@ -3049,6 +3215,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z19, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z15, Z17
@@ -3086,11 +3255,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z16, Z16, K1
 	VMOVDQU16 (SI), Z17
-	KMOVD     K1, R9
+	KMOVD     K1, R10
 	VMOVDQU16 Z15, K1, Z16
 	VPEXPANDW Z17, K1, Z15
-	POPCNTL   R9, R9
-	LEAQ      (SI)(R9*2), SI
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z21
@@ -3111,20 +3280,22 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z21, (DI)
 	ADDQ      $0x20, DI
-	DECQ      AX
+	ADDQ      $0x80, AX
+	DECQ      R9
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z13, 128(AX)
-	VMOVDQU16 Z14, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z15, 256(AX)
-	VMOVDQU16 Z16, 320(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z13, 128(DX)
+	VMOVDQU16 Z14, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z15, 256(DX)
+	VMOVDQU16 Z16, 320(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytesNarrow3(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasBytesNarrow3(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -3158,9 +3329,13 @@ TEXT ·aliasBytesNarrow3(SB), NOSPLIT, $8-8
 	MOVQ       56(AX), R11
 	VMOVDQU16  384(AX), Z17
 	VMOVDQU16  448(AX), Z18
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R12
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z19
 	VPERMI2W  Z1, Z0, Z19
@@ -3197,11 +3372,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (CX), Z19
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z19, K1, Z13
-	POPCNTL   R12, R12
-	LEAQ      (CX)(R12*2), CX
+	POPCNTL   R13, R13
+	LEAQ      (CX)(R13*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z21
@@ -3222,6 +3397,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z21, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z15, Z19
@@ -3259,11 +3437,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z16, Z16, K1
 	VMOVDQU16 (SI), Z19
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z15, K1, Z16
 	VPEXPANDW Z19, K1, Z15
-	POPCNTL   R12, R12
-	LEAQ      (SI)(R12*2), SI
+	POPCNTL   R13, R13
+	LEAQ      (SI)(R13*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z23
@@ -3284,6 +3462,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z23, (DI)
 	ADDQ    $0x20, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z17, Z19
@@ -3321,11 +3502,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z18, Z18, K1
 	VMOVDQU16 (R9), Z19
-	KMOVD     K1, R12
+	KMOVD     K1, R13
 	VMOVDQU16 Z17, K1, Z18
 	VPEXPANDW Z19, K1, Z17
-	POPCNTL   R12, R12
-	LEAQ      (R9)(R12*2), R9
+	POPCNTL   R13, R13
+	LEAQ      (R9)(R13*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z25
@@ -3346,23 +3527,25 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z25, (R10)
 	ADDQ      $0x20, R10
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R12
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z13, 128(AX)
-	VMOVDQU16 Z14, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z15, 256(AX)
-	VMOVDQU16 Z16, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z17, 384(AX)
-	VMOVDQU16 Z18, 448(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z13, 128(DX)
+	VMOVDQU16 Z14, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z15, 256(DX)
+	VMOVDQU16 Z16, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z17, 384(DX)
+	VMOVDQU16 Z18, 448(DX)
 	VZEROUPPER
 	RET
 
 // func aliasBytesNarrow4(a *byte)
-// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, POPCNT
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
 TEXT ·aliasBytesNarrow4(SB), NOSPLIT, $8-8
 	MOVQ       a+0(FP), AX
 	MOVQ       (AX), CX
@@ -3401,9 +3584,13 @@ TEXT ·aliasBytesNarrow4(SB), NOSPLIT, $8-8
 	MOVQ       64(AX), R14
 	VMOVDQU16  512(AX), Z19
 	VMOVDQU16  576(AX), Z20
-	MOVQ       104(AX), AX
+	MOVQ       104(AX), R15
+	MOVQ       120(AX), AX
 
 turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
 	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z13, Z21
 	VPERMI2W  Z1, Z0, Z21
@@ -3440,11 +3627,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z14, Z14, K1
 	VMOVDQU16 (CX), Z21
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z13, K1, Z14
 	VPEXPANDW Z21, K1, Z13
-	POPCNTL   R15, R15
-	LEAQ      (CX)(R15*2), CX
+	POPCNTL   BP, BP
+	LEAQ      (CX)(BP*2), CX
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z23
@@ -3465,6 +3652,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z23, (DX)
 	ADDQ    $0x20, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
 
 	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z15, Z21
@@ -3502,11 +3692,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z16, Z16, K1
 	VMOVDQU16 (SI), Z21
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z15, K1, Z16
 	VPEXPANDW Z21, K1, Z15
-	POPCNTL   R15, R15
-	LEAQ      (SI)(R15*2), SI
+	POPCNTL   BP, BP
+	LEAQ      (SI)(BP*2), SI
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z25
@@ -3527,6 +3717,9 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB Z25, (DI)
 	ADDQ    $0x20, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
 
 	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
 	VMOVDQA64 Z17, Z21
@@ -3564,11 +3757,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z18, Z18, K1
 	VMOVDQU16 (R9), Z21
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z17, K1, Z18
 	VPEXPANDW Z21, K1, Z17
-	POPCNTL   R15, R15
-	LEAQ      (R9)(R15*2), R9
+	POPCNTL   BP, BP
+	LEAQ      (R9)(BP*2), R9
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z27
@@ -3626,11 +3819,11 @@ turn:
 	// if hi == 0 { hi = lo; lo = *src; src++ }
 	VPTESTNMW Z20, Z20, K1
 	VMOVDQU16 (R12), Z21
-	KMOVD     K1, R15
+	KMOVD     K1, BP
 	VMOVDQU16 Z19, K1, Z20
 	VPEXPANDW Z21, K1, Z19
-	POPCNTL   R15, R15
-	LEAQ      (R12)(R15*2), R12
+	POPCNTL   BP, BP
+	LEAQ      (R12)(BP*2), R12
 
 	// v := value[sym]
 	VPERMI2W Z7, Z6, Z29
@@ -3651,20 +3844,2353 @@ turn:
 	// *dst = v; dst++
 	VPMOVWB   Z29, (R13)
 	ADDQ      $0x20, R13
-	DECQ      AX
+	ADDQ      $0xc0, AX
+	DECQ      R15
 	JNZ       turn
-	MOVQ      a+0(FP), AX
-	MOVQ      CX, 8(AX)
-	VMOVDQU16 Z13, 128(AX)
-	VMOVDQU16 Z14, 192(AX)
-	MOVQ      SI, 16(AX)
-	VMOVDQU16 Z15, 256(AX)
-	VMOVDQU16 Z16, 320(AX)
-	MOVQ      R9, 24(AX)
-	VMOVDQU16 Z17, 384(AX)
-	VMOVDQU16 Z18, 448(AX)
-	MOVQ      R12, 32(AX)
-	VMOVDQU16 Z19, 512(AX)
-	VMOVDQU16 Z20, 576(AX)
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z13, 128(DX)
+	VMOVDQU16 Z14, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z15, 256(DX)
+	VMOVDQU16 Z16, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z17, 384(DX)
+	VMOVDQU16 Z18, 448(DX)
+	MOVQ      R12, 32(DX)
+	VMOVDQU16 Z19, 512(DX)
+	VMOVDQU16 Z20, 576(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsPast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsPast1(SB), NOSPLIT, $0-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VPTERNLOGD $0xff, Z8, Z8, Z8
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	VMOVDQU16  128(AX), Z9
+	VMOVDQU16  192(AX), Z10
+	MOVQ       104(AX), BX
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z9, Z11
+	VPERMI2W  Z1, Z0, Z11
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z9, Z12
+	VPCMPUW $0x05, Z11, Z12, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z11, Z9, K1, Z13
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z13, Z11
+	VPERMI2W  Z5, Z4, Z11
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z9, Z14
+	VPERMI2W.Z Z3, Z2, K1, Z14
+	VPSRLW     $0x0a, Z12, Z12
+	VPADDW     Z12, Z14, Z14
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z12
+	VPMULHUW    Z11, Z12, Z12
+	VPADDW      Z14, Z12, Z12
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z11, Z10, Z9
+	VPMULHUW Z11, Z10, Z10
+	VPADDW   Z12, Z9, Z9
+	VPCMPUW  $0x01, Z12, Z9, K1
+	VPSUBW   Z8, Z10, K1, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K1
+	VMOVDQU16 (CX), Z11
+	KMOVD     K1, SI
+	VMOVDQU16 Z9, K1, Z10
+	VPEXPANDW Z11, K1, Z9
+	POPCNTL   SI, SI
+	LEAQ      (CX)(SI*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z13
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z13, (DX)
+	ADDQ      $0x40, DX
+	ADDQ      $0x40, AX
+	DECQ      BX
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsPast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsPast2(SB), NOSPLIT, $0-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VPTERNLOGD $0xff, Z8, Z8, Z8
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	VMOVDQU16  128(AX), Z9
+	VMOVDQU16  192(AX), Z10
+	MOVQ       16(AX), BX
+	MOVQ       80(AX), SI
+	VMOVDQU16  256(AX), Z11
+	VMOVDQU16  320(AX), Z12
+	MOVQ       104(AX), DI
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z9, Z13
+	VPERMI2W  Z1, Z0, Z13
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z9, Z14
+	VPCMPUW $0x05, Z13, Z14, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z13, Z9, K1, Z15
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z15, Z13
+	VPERMI2W  Z5, Z4, Z13
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z9, Z17
+	VPERMI2W.Z Z3, Z2, K1, Z17
+	VPSRLW     $0x0a, Z14, Z14
+	VPADDW     Z14, Z17, Z17
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z14
+	VPMULHUW    Z13, Z14, Z14
+	VPADDW      Z17, Z14, Z14
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z13, Z10, Z9
+	VPMULHUW Z13, Z10, Z10
+	VPADDW   Z14, Z9, Z9
+	VPCMPUW  $0x01, Z14, Z9, K1
+	VPSUBW   Z8, Z10, K1, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K1
+	VMOVDQU16 (CX), Z13
+	KMOVD     K1, R8
+	VMOVDQU16 Z9, K1, Z10
+	VPEXPANDW Z13, K1, Z9
+	POPCNTL   R8, R8
+	LEAQ      (CX)(R8*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z15
+
+	// *dst = v; dst++
+	VMOVNTDQ Z15, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z11, Z13
+	VPERMI2W  Z1, Z0, Z13
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z11, Z14
+	VPCMPUW $0x05, Z13, Z14, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z13, Z11, K1, Z16
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z16, Z13
+	VPERMI2W  Z5, Z4, Z13
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z11, Z17
+	VPERMI2W.Z Z3, Z2, K1, Z17
+	VPSRLW     $0x0a, Z14, Z14
+	VPADDW     Z14, Z17, Z17
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z11, Z14
+	VPMULHUW    Z13, Z14, Z14
+	VPADDW      Z17, Z14, Z14
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z13, Z12, Z11
+	VPMULHUW Z13, Z12, Z12
+	VPADDW   Z14, Z11, Z11
+	VPCMPUW  $0x01, Z14, Z11, K1
+	VPSUBW   Z8, Z12, K1, Z12
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z12, Z12, K1
+	VMOVDQU16 (BX), Z13
+	KMOVD     K1, R8
+	VMOVDQU16 Z11, K1, Z12
+	VPEXPANDW Z13, K1, Z11
+	POPCNTL   R8, R8
+	LEAQ      (BX)(R8*2), BX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z16
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z16, (SI)
+	ADDQ      $0x40, SI
+	ADDQ      $0x80, AX
+	DECQ      DI
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsPast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsPast3(SB), NOSPLIT, $0-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VPTERNLOGD $0xff, Z8, Z8, Z8
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	VMOVDQU16  128(AX), Z9
+	VMOVDQU16  192(AX), Z10
+	MOVQ       16(AX), BX
+	MOVQ       80(AX), SI
+	VMOVDQU16  256(AX), Z11
+	VMOVDQU16  320(AX), Z12
+	MOVQ       24(AX), DI
+	MOVQ       88(AX), R8
+	VMOVDQU16  384(AX), Z13
+	VMOVDQU16  448(AX), Z14
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z9, Z15
+	VPERMI2W  Z1, Z0, Z15
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z9, Z16
+	VPCMPUW $0x05, Z15, Z16, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z15, Z9, K1, Z17
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z17, Z15
+	VPERMI2W  Z5, Z4, Z15
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z9, Z20
+	VPERMI2W.Z Z3, Z2, K1, Z20
+	VPSRLW     $0x0a, Z16, Z16
+	VPADDW     Z16, Z20, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z16
+	VPMULHUW    Z15, Z16, Z16
+	VPADDW      Z20, Z16, Z16
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z10, Z9
+	VPMULHUW Z15, Z10, Z10
+	VPADDW   Z16, Z9, Z9
+	VPCMPUW  $0x01, Z16, Z9, K1
+	VPSUBW   Z8, Z10, K1, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K1
+	VMOVDQU16 (CX), Z15
+	KMOVD     K1, R10
+	VMOVDQU16 Z9, K1, Z10
+	VPEXPANDW Z15, K1, Z9
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z17
+
+	// *dst = v; dst++
+	VMOVNTDQ Z17, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z11, Z15
+	VPERMI2W  Z1, Z0, Z15
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z11, Z16
+	VPCMPUW $0x05, Z15, Z16, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z15, Z11, K1, Z18
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z18, Z15
+	VPERMI2W  Z5, Z4, Z15
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z11, Z20
+	VPERMI2W.Z Z3, Z2, K1, Z20
+	VPSRLW     $0x0a, Z16, Z16
+	VPADDW     Z16, Z20, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z11, Z16
+	VPMULHUW    Z15, Z16, Z16
+	VPADDW      Z20, Z16, Z16
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z12, Z11
+	VPMULHUW Z15, Z12, Z12
+	VPADDW   Z16, Z11, Z11
+	VPCMPUW  $0x01, Z16, Z11, K1
+	VPSUBW   Z8, Z12, K1, Z12
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z12, Z12, K1
+	VMOVDQU16 (BX), Z15
+	KMOVD     K1, R10
+	VMOVDQU16 Z11, K1, Z12
+	VPEXPANDW Z15, K1, Z11
+	POPCNTL   R10, R10
+	LEAQ      (BX)(R10*2), BX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ Z18, (SI)
+	ADDQ     $0x40, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z13, Z15
+	VPERMI2W  Z1, Z0, Z15
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z13, Z16
+	VPCMPUW $0x05, Z15, Z16, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z15, Z13, K1, Z19
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z19, Z15
+	VPERMI2W  Z5, Z4, Z15
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z13, Z20
+	VPERMI2W.Z Z3, Z2, K1, Z20
+	VPSRLW     $0x0a, Z16, Z16
+	VPADDW     Z16, Z20, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z13, Z16
+	VPMULHUW    Z15, Z16, Z16
+	VPADDW      Z20, Z16, Z16
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z14, Z13
+	VPMULHUW Z15, Z14, Z14
+	VPADDW   Z16, Z13, Z13
+	VPCMPUW  $0x01, Z16, Z13, K1
+	VPSUBW   Z8, Z14, K1, Z14
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z14, Z14, K1
+	VMOVDQU16 (DI), Z15
+	KMOVD     K1, R10
+	VMOVDQU16 Z13, K1, Z14
+	VPEXPANDW Z15, K1, Z13
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z19
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z19, (R8)
+	ADDQ      $0x40, R8
+	ADDQ      $0xc0, AX
+	DECQ      R9
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsPast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsPast4(SB), NOSPLIT, $0-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VPTERNLOGD $0xff, Z8, Z8, Z8
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	VMOVDQU16  128(AX), Z9
+	VMOVDQU16  192(AX), Z10
+	MOVQ       16(AX), BX
+	MOVQ       80(AX), SI
+	VMOVDQU16  256(AX), Z11
+	VMOVDQU16  320(AX), Z12
+	MOVQ       24(AX), DI
+	MOVQ       88(AX), R8
+	VMOVDQU16  384(AX), Z13
+	VMOVDQU16  448(AX), Z14
+	MOVQ       32(AX), R9
+	MOVQ       96(AX), R10
+	VMOVDQU16  512(AX), Z15
+	VMOVDQU16  576(AX), Z16
+	MOVQ       104(AX), R11
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z9, Z17
+	VPERMI2W  Z1, Z0, Z17
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z9, Z18
+	VPCMPUW $0x05, Z17, Z18, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z17, Z9, K1, Z19
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z19, Z17
+	VPERMI2W  Z5, Z4, Z17
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z9, Z23
+	VPERMI2W.Z Z3, Z2, K1, Z23
+	VPSRLW     $0x0a, Z18, Z18
+	VPADDW     Z18, Z23, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z18
+	VPMULHUW    Z17, Z18, Z18
+	VPADDW      Z23, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z17, Z10, Z9
+	VPMULHUW Z17, Z10, Z10
+	VPADDW   Z18, Z9, Z9
+	VPCMPUW  $0x01, Z18, Z9, K1
+	VPSUBW   Z8, Z10, K1, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K1
+	VMOVDQU16 (CX), Z17
+	KMOVD     K1, R12
+	VMOVDQU16 Z9, K1, Z10
+	VPEXPANDW Z17, K1, Z9
+	POPCNTL   R12, R12
+	LEAQ      (CX)(R12*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z19
+
+	// *dst = v; dst++
+	VMOVNTDQ Z19, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z11, Z17
+	VPERMI2W  Z1, Z0, Z17
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z11, Z18
+	VPCMPUW $0x05, Z17, Z18, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z17, Z11, K1, Z20
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z20, Z17
+	VPERMI2W  Z5, Z4, Z17
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z11, Z23
+	VPERMI2W.Z Z3, Z2, K1, Z23
+	VPSRLW     $0x0a, Z18, Z18
+	VPADDW     Z18, Z23, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z11, Z18
+	VPMULHUW    Z17, Z18, Z18
+	VPADDW      Z23, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z17, Z12, Z11
+	VPMULHUW Z17, Z12, Z12
+	VPADDW   Z18, Z11, Z11
+	VPCMPUW  $0x01, Z18, Z11, K1
+	VPSUBW   Z8, Z12, K1, Z12
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z12, Z12, K1
+	VMOVDQU16 (BX), Z17
+	KMOVD     K1, R12
+	VMOVDQU16 Z11, K1, Z12
+	VPEXPANDW Z17, K1, Z11
+	POPCNTL   R12, R12
+	LEAQ      (BX)(R12*2), BX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ Z20, (SI)
+	ADDQ     $0x40, SI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z13, Z17
+	VPERMI2W  Z1, Z0, Z17
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z13, Z18
+	VPCMPUW $0x05, Z17, Z18, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z17, Z13, K1, Z21
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z21, Z17
+	VPERMI2W  Z5, Z4, Z17
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z13, Z23
+	VPERMI2W.Z Z3, Z2, K1, Z23
+	VPSRLW     $0x0a, Z18, Z18
+	VPADDW     Z18, Z23, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z13, Z18
+	VPMULHUW    Z17, Z18, Z18
+	VPADDW      Z23, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z17, Z14, Z13
+	VPMULHUW Z17, Z14, Z14
+	VPADDW   Z18, Z13, Z13
+	VPCMPUW  $0x01, Z18, Z13, K1
+	VPSUBW   Z8, Z14, K1, Z14
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z14, Z14, K1
+	VMOVDQU16 (DI), Z17
+	KMOVD     K1, R12
+	VMOVDQU16 Z13, K1, Z14
+	VPEXPANDW Z17, K1, Z13
+	POPCNTL   R12, R12
+	LEAQ      (DI)(R12*2), DI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z21
+
+	// *dst = v; dst++
+	VMOVNTDQ Z21, (R8)
+	ADDQ     $0x40, R8
+
+	// stream 3: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z15, Z17
+	VPERMI2W  Z1, Z0, Z17
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z15, Z18
+	VPCMPUW $0x05, Z17, Z18, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z17, Z15, K1, Z22
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z22, Z17
+	VPERMI2W  Z5, Z4, Z17
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z15, Z23
+	VPERMI2W.Z Z3, Z2, K1, Z23
+	VPSRLW     $0x0a, Z18, Z18
+	VPADDW     Z18, Z23, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z15, Z18
+	VPMULHUW    Z17, Z18, Z18
+	VPADDW      Z23, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z17, Z16, Z15
+	VPMULHUW Z17, Z16, Z16
+	VPADDW   Z18, Z15, Z15
+	VPCMPUW  $0x01, Z18, Z15, K1
+	VPSUBW   Z8, Z16, K1, Z16
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z16, Z16, K1
+	VMOVDQU16 (R9), Z17
+	KMOVD     K1, R12
+	VMOVDQU16 Z15, K1, Z16
+	VPEXPANDW Z17, K1, Z15
+	POPCNTL   R12, R12
+	LEAQ      (R9)(R12*2), R9
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z22, (R10)
+	ADDQ      $0x40, R10
+	ADDQ      $0xc0, AX
+	DECQ      R11
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z9, 128(DX)
+	VMOVDQU16 Z10, 192(DX)
+	MOVQ      BX, 16(DX)
+	VMOVDQU16 Z11, 256(DX)
+	VMOVDQU16 Z12, 320(DX)
+	MOVQ      DI, 24(DX)
+	VMOVDQU16 Z13, 384(DX)
+	VMOVDQU16 Z14, 448(DX)
+	MOVQ      R9, 32(DX)
+	VMOVDQU16 Z15, 512(DX)
+	VMOVDQU16 Z16, 576(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsNarrowPast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·aliasWordsNarrowPast1(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z11, Z11, Z11
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z12
+	VMOVDQU16  192(AX), Z13
+	MOVQ       104(AX), SI
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z12, Z14
+	VPERMI2W  Z1, Z0, Z14
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z12, Z15
+	VPCMPUW $0x05, Z14, Z15, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z14, Z12, K1, Z16
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z16, Z14
+	VPERMI2W  Z5, Z4, Z14
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z12, Z18
+	VPERMI2W.Z Z3, Z2, K1, Z18
+	VPSRLW     $0x0a, Z15, Z15
+	VPADDW     Z15, Z18, Z18
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z15
+	VPMULHUW    Z14, Z15, Z15
+	VPADDW      Z18, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z14, Z13, Z12
+	VPMULHUW Z14, Z13, Z13
+	VPADDW   Z15, Z12, Z12
+	VPCMPUW  $0x01, Z15, Z12, K1
+	VPSUBW   Z11, Z13, K1, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K1
+	VMOVDQU16 (CX), Z14
+	KMOVD     K1, DI
+	VMOVDQU16 Z12, K1, Z13
+	VPEXPANDW Z14, K1, Z12
+	POPCNTL   DI, DI
+	LEAQ      (CX)(DI*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z16
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (BX), Y17
+	VPERMB   Z17, Z8, Z17
+	VPSHRDVW Z9, Z17, Z17
+	ADDQ     (SP), BX
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z17, Z16
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z16, (DX)
+	ADDQ      $0x40, DX
+	ADDQ      $0x40, AX
+	DECQ      SI
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsNarrowPast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·aliasWordsNarrowPast2(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z11, Z11, Z11
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z12
+	VMOVDQU16  192(AX), Z13
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z14
+	VMOVDQU16  320(AX), Z15
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z12, Z16
+	VPERMI2W  Z1, Z0, Z16
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z12, Z17
+	VPCMPUW $0x05, Z16, Z17, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z16, Z12, K1, Z18
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z18, Z16
+	VPERMI2W  Z5, Z4, Z16
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z12, Z22
+	VPERMI2W.Z Z3, Z2, K1, Z22
+	VPSRLW     $0x0a, Z17, Z17
+	VPADDW     Z17, Z22, Z22
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z17
+	VPMULHUW    Z16, Z17, Z17
+	VPADDW      Z22, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z16, Z13, Z12
+	VPMULHUW Z16, Z13, Z13
+	VPADDW   Z17, Z12, Z12
+	VPCMPUW  $0x01, Z17, Z12, K1
+	VPSUBW   Z11, Z13, K1, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K1
+	VMOVDQU16 (CX), Z16
+	KMOVD     K1, R10
+	VMOVDQU16 Z12, K1, Z13
+	VPEXPANDW Z16, K1, Z12
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (BX), Y19
+	VPERMB   Z19, Z8, Z19
+	VPSHRDVW Z9, Z19, Z19
+	ADDQ     (SP), BX
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z19, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ Z18, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z16
+	VPERMI2W  Z1, Z0, Z16
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z17
+	VPCMPUW $0x05, Z16, Z17, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z16, Z14, K1, Z20
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z20, Z16
+	VPERMI2W  Z5, Z4, Z16
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z22
+	VPERMI2W.Z Z3, Z2, K1, Z22
+	VPSRLW     $0x0a, Z17, Z17
+	VPADDW     Z17, Z22, Z22
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z17
+	VPMULHUW    Z16, Z17, Z17
+	VPADDW      Z22, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z16, Z15, Z14
+	VPMULHUW Z16, Z15, Z15
+	VPADDW   Z17, Z14, Z14
+	VPCMPUW  $0x01, Z17, Z14, K1
+	VPSUBW   Z11, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (SI), Z16
+	KMOVD     K1, R10
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z16, K1, Z14
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R8), Y21
+	VPERMB   Z21, Z8, Z21
+	VPSHRDVW Z9, Z21, Z21
+	ADDQ     (SP), R8
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z21, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (DI)
+	ADDQ      $0x40, DI
+	ADDQ      $0x80, AX
+	DECQ      R9
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsNarrowPast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·aliasWordsNarrowPast3(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z11, Z11, Z11
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z12
+	VMOVDQU16  192(AX), Z13
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z14
+	VMOVDQU16  320(AX), Z15
+	MOVQ       24(AX), R9
+	MOVQ       88(AX), R10
+	MOVQ       56(AX), R11
+	VMOVDQU16  384(AX), Z16
+	VMOVDQU16  448(AX), Z17
+	MOVQ       104(AX), R12
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z12, Z18
+	VPERMI2W  Z1, Z0, Z18
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z12, Z19
+	VPCMPUW $0x05, Z18, Z19, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z18, Z12, K1, Z20
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z20, Z18
+	VPERMI2W  Z5, Z4, Z18
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z12, Z26
+	VPERMI2W.Z Z3, Z2, K1, Z26
+	VPSRLW     $0x0a, Z19, Z19
+	VPADDW     Z19, Z26, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z19
+	VPMULHUW    Z18, Z19, Z19
+	VPADDW      Z26, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z13, Z12
+	VPMULHUW Z18, Z13, Z13
+	VPADDW   Z19, Z12, Z12
+	VPCMPUW  $0x01, Z19, Z12, K1
+	VPSUBW   Z11, Z13, K1, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K1
+	VMOVDQU16 (CX), Z18
+	KMOVD     K1, R13
+	VMOVDQU16 Z12, K1, Z13
+	VPEXPANDW Z18, K1, Z12
+	POPCNTL   R13, R13
+	LEAQ      (CX)(R13*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (BX), Y21
+	VPERMB   Z21, Z8, Z21
+	VPSHRDVW Z9, Z21, Z21
+	ADDQ     (SP), BX
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z21, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ Z20, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z18
+	VPERMI2W  Z1, Z0, Z18
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z19
+	VPCMPUW $0x05, Z18, Z19, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z18, Z14, K1, Z22
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z22, Z18
+	VPERMI2W  Z5, Z4, Z18
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z26
+	VPERMI2W.Z Z3, Z2, K1, Z26
+	VPSRLW     $0x0a, Z19, Z19
+	VPADDW     Z19, Z26, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z19
+	VPMULHUW    Z18, Z19, Z19
+	VPADDW      Z26, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z15, Z14
+	VPMULHUW Z18, Z15, Z15
+	VPADDW   Z19, Z14, Z14
+	VPCMPUW  $0x01, Z19, Z14, K1
+	VPSUBW   Z11, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (SI), Z18
+	KMOVD     K1, R13
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z18, K1, Z14
+	POPCNTL   R13, R13
+	LEAQ      (SI)(R13*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z22
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R8), Y23
+	VPERMB   Z23, Z8, Z23
+	VPSHRDVW Z9, Z23, Z23
+	ADDQ     (SP), R8
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z23, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ Z22, (DI)
+	ADDQ     $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z16, Z18
+	VPERMI2W  Z1, Z0, Z18
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z16, Z19
+	VPCMPUW $0x05, Z18, Z19, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z18, Z16, K1, Z24
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z24, Z18
+	VPERMI2W  Z5, Z4, Z18
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z16, Z26
+	VPERMI2W.Z Z3, Z2, K1, Z26
+	VPSRLW     $0x0a, Z19, Z19
+	VPADDW     Z19, Z26, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z16, Z19
+	VPMULHUW    Z18, Z19, Z19
+	VPADDW      Z26, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z17, Z16
+	VPMULHUW Z18, Z17, Z17
+	VPADDW   Z19, Z16, Z16
+	VPCMPUW  $0x01, Z19, Z16, K1
+	VPSUBW   Z11, Z17, K1, Z17
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z17, Z17, K1
+	VMOVDQU16 (R9), Z18
+	KMOVD     K1, R13
+	VMOVDQU16 Z16, K1, Z17
+	VPEXPANDW Z18, K1, Z16
+	POPCNTL   R13, R13
+	LEAQ      (R9)(R13*2), R9
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z24
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R11), Y25
+	VPERMB   Z25, Z8, Z25
+	VPSHRDVW Z9, Z25, Z25
+	ADDQ     (SP), R11
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z25, Z24
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z24, (R10)
+	ADDQ      $0x40, R10
+	ADDQ      $0xc0, AX
+	DECQ      R12
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z16, 384(DX)
+	VMOVDQU16 Z17, 448(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsNarrowPast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·aliasWordsNarrowPast4(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z11, Z11, Z11
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z12
+	VMOVDQU16  192(AX), Z13
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z14
+	VMOVDQU16  320(AX), Z15
+	MOVQ       24(AX), R9
+	MOVQ       88(AX), R10
+	MOVQ       56(AX), R11
+	VMOVDQU16  384(AX), Z16
+	VMOVDQU16  448(AX), Z17
+	MOVQ       32(AX), R12
+	MOVQ       96(AX), R13
+	MOVQ       64(AX), R14
+	VMOVDQU16  512(AX), Z18
+	VMOVDQU16  576(AX), Z19
+	MOVQ       104(AX), R15
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z12, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z12, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z12, K1, Z22
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z22, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z12, Z30
+	VPERMI2W.Z Z3, Z2, K1, Z30
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z30, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z30, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z13, Z12
+	VPMULHUW Z20, Z13, Z13
+	VPADDW   Z21, Z12, Z12
+	VPCMPUW  $0x01, Z21, Z12, K1
+	VPSUBW   Z11, Z13, K1, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K1
+	VMOVDQU16 (CX), Z20
+	KMOVD     K1, BP
+	VMOVDQU16 Z12, K1, Z13
+	VPEXPANDW Z20, K1, Z12
+	POPCNTL   BP, BP
+	LEAQ      (CX)(BP*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z22
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (BX), Y23
+	VPERMB   Z23, Z8, Z23
+	VPSHRDVW Z9, Z23, Z23
+	ADDQ     (SP), BX
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z23, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ Z22, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z14, K1, Z24
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z24, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z30
+	VPERMI2W.Z Z3, Z2, K1, Z30
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z30, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z30, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z15, Z14
+	VPMULHUW Z20, Z15, Z15
+	VPADDW   Z21, Z14, Z14
+	VPCMPUW  $0x01, Z21, Z14, K1
+	VPSUBW   Z11, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (SI), Z20
+	KMOVD     K1, BP
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z20, K1, Z14
+	POPCNTL   BP, BP
+	LEAQ      (SI)(BP*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z24
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R8), Y25
+	VPERMB   Z25, Z8, Z25
+	VPSHRDVW Z9, Z25, Z25
+	ADDQ     (SP), R8
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z25, Z24
+
+	// *dst = v; dst++
+	VMOVNTDQ Z24, (DI)
+	ADDQ     $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z16, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z16, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z16, K1, Z26
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z26, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z16, Z30
+	VPERMI2W.Z Z3, Z2, K1, Z30
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z30, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z16, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z30, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z17, Z16
+	VPMULHUW Z20, Z17, Z17
+	VPADDW   Z21, Z16, Z16
+	VPCMPUW  $0x01, Z21, Z16, K1
+	VPSUBW   Z11, Z17, K1, Z17
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z17, Z17, K1
+	VMOVDQU16 (R9), Z20
+	KMOVD     K1, BP
+	VMOVDQU16 Z16, K1, Z17
+	VPEXPANDW Z20, K1, Z16
+	POPCNTL   BP, BP
+	LEAQ      (R9)(BP*2), R9
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z26
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R11), Y27
+	VPERMB   Z27, Z8, Z27
+	VPSHRDVW Z9, Z27, Z27
+	ADDQ     (SP), R11
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z27, Z26
+
+	// *dst = v; dst++
+	VMOVNTDQ Z26, (R10)
+	ADDQ     $0x40, R10
+
+	// stream 3: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z18, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z18, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z18, K1, Z28
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z28, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z18, Z30
+	VPERMI2W.Z Z3, Z2, K1, Z30
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z30, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z18, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z30, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z19, Z18
+	VPMULHUW Z20, Z19, Z19
+	VPADDW   Z21, Z18, Z18
+	VPCMPUW  $0x01, Z21, Z18, K1
+	VPSUBW   Z11, Z19, K1, Z19
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z19, Z19, K1
+	VMOVDQU16 (R12), Z20
+	KMOVD     K1, BP
+	VMOVDQU16 Z18, K1, Z19
+	VPEXPANDW Z20, K1, Z18
+	POPCNTL   BP, BP
+	LEAQ      (R12)(BP*2), R12
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z28
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R14), Y29
+	VPERMB   Z29, Z8, Z29
+	VPSHRDVW Z9, Z29, Z29
+	ADDQ     (SP), R14
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z10, Z29, Z28
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z28, (R13)
+	ADDQ      $0x40, R13
+	ADDQ      $0xc0, AX
+	DECQ      R15
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z12, 128(DX)
+	VMOVDQU16 Z13, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z14, 256(DX)
+	VMOVDQU16 Z15, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z16, 384(DX)
+	VMOVDQU16 Z17, 448(DX)
+	MOVQ      R12, 32(DX)
+	VMOVDQU16 Z18, 512(DX)
+	VMOVDQU16 Z19, 576(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsWidePast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsWidePast1(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	VMOVDQU16  576(CX), Z11
+	VMOVDQU16  704(CX), Z12
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z13, Z13, Z13
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z14
+	VMOVDQU16  192(AX), Z15
+	MOVQ       104(AX), SI
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z16
+	VPERMI2W  Z1, Z0, Z16
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z17
+	VPCMPUW $0x05, Z16, Z17, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z16, Z14, K1, Z18
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z18, Z16
+	VPERMI2W  Z5, Z4, Z16
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z19
+	VPERMI2W.Z Z3, Z2, K1, Z19
+	VPSRLW     $0x0a, Z17, Z17
+	VPADDW     Z17, Z19, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z17
+	VPMULHUW    Z16, Z17, Z17
+	VPADDW      Z19, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z16, Z15, Z14
+	VPMULHUW Z16, Z15, Z15
+	VPADDW   Z17, Z14, Z14
+	VPCMPUW  $0x01, Z17, Z14, K1
+	VPSUBW   Z13, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (CX), Z16
+	KMOVD     K1, DI
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z16, K1, Z14
+	POPCNTL   DI, DI
+	LEAQ      (CX)(DI*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z18
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (BX), Z8, Z16
+	VPERMB     (BX), Z11, Z17
+	VPSHRDVW   Z9, Z17, Z16
+	ADDQ       (SP), BX
+	VPTERNLOGD $0xf8, Z10, Z16, Z18
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z18, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z18, (DX)
+	ADDQ      $0x40, DX
+	ADDQ      $0x40, AX
+	DECQ      SI
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsWidePast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsWidePast2(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	VMOVDQU16  576(CX), Z11
+	VMOVDQU16  704(CX), Z12
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z13, Z13, Z13
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z14
+	VMOVDQU16  192(AX), Z15
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z16
+	VMOVDQU16  320(AX), Z17
+	MOVQ       104(AX), R9
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z18
+	VPERMI2W  Z1, Z0, Z18
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z19
+	VPCMPUW $0x05, Z18, Z19, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z18, Z14, K1, Z20
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z20, Z18
+	VPERMI2W  Z5, Z4, Z18
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z22
+	VPERMI2W.Z Z3, Z2, K1, Z22
+	VPSRLW     $0x0a, Z19, Z19
+	VPADDW     Z19, Z22, Z22
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z19
+	VPMULHUW    Z18, Z19, Z19
+	VPADDW      Z22, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z15, Z14
+	VPMULHUW Z18, Z15, Z15
+	VPADDW   Z19, Z14, Z14
+	VPCMPUW  $0x01, Z19, Z14, K1
+	VPSUBW   Z13, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (CX), Z18
+	KMOVD     K1, R10
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z18, K1, Z14
+	POPCNTL   R10, R10
+	LEAQ      (CX)(R10*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (BX), Z8, Z18
+	VPERMB     (BX), Z11, Z19
+	VPSHRDVW   Z9, Z19, Z18
+	ADDQ       (SP), BX
+	VPTERNLOGD $0xf8, Z10, Z18, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ Z20, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z16, Z18
+	VPERMI2W  Z1, Z0, Z18
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z16, Z19
+	VPCMPUW $0x05, Z18, Z19, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z18, Z16, K1, Z21
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z21, Z18
+	VPERMI2W  Z5, Z4, Z18
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z16, Z22
+	VPERMI2W.Z Z3, Z2, K1, Z22
+	VPSRLW     $0x0a, Z19, Z19
+	VPADDW     Z19, Z22, Z22
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z16, Z19
+	VPMULHUW    Z18, Z19, Z19
+	VPADDW      Z22, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z17, Z16
+	VPMULHUW Z18, Z17, Z17
+	VPADDW   Z19, Z16, Z16
+	VPCMPUW  $0x01, Z19, Z16, K1
+	VPSUBW   Z13, Z17, K1, Z17
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z17, Z17, K1
+	VMOVDQU16 (SI), Z18
+	KMOVD     K1, R10
+	VMOVDQU16 Z16, K1, Z17
+	VPEXPANDW Z18, K1, Z16
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z21
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R8), Z8, Z18
+	VPERMB     (R8), Z11, Z19
+	VPSHRDVW   Z9, Z19, Z18
+	ADDQ       (SP), R8
+	VPTERNLOGD $0xf8, Z10, Z18, Z21
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z21, Z21
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z21, (DI)
+	ADDQ      $0x40, DI
+	ADDQ      $0x80, AX
+	DECQ      R9
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsWidePast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsWidePast3(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	VMOVDQU16  576(CX), Z11
+	VMOVDQU16  704(CX), Z12
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z13, Z13, Z13
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z14
+	VMOVDQU16  192(AX), Z15
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z16
+	VMOVDQU16  320(AX), Z17
+	MOVQ       24(AX), R9
+	MOVQ       88(AX), R10
+	MOVQ       56(AX), R11
+	VMOVDQU16  384(AX), Z18
+	VMOVDQU16  448(AX), Z19
+	MOVQ       104(AX), R12
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z14, K1, Z22
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z22, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z25
+	VPERMI2W.Z Z3, Z2, K1, Z25
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z25, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z25, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z15, Z14
+	VPMULHUW Z20, Z15, Z15
+	VPADDW   Z21, Z14, Z14
+	VPCMPUW  $0x01, Z21, Z14, K1
+	VPSUBW   Z13, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (CX), Z20
+	KMOVD     K1, R13
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z20, K1, Z14
+	POPCNTL   R13, R13
+	LEAQ      (CX)(R13*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (BX), Z8, Z20
+	VPERMB     (BX), Z11, Z21
+	VPSHRDVW   Z9, Z21, Z20
+	ADDQ       (SP), BX
+	VPTERNLOGD $0xf8, Z10, Z20, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ Z22, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z16, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z16, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z16, K1, Z23
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z23, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z16, Z25
+	VPERMI2W.Z Z3, Z2, K1, Z25
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z25, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z16, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z25, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z17, Z16
+	VPMULHUW Z20, Z17, Z17
+	VPADDW   Z21, Z16, Z16
+	VPCMPUW  $0x01, Z21, Z16, K1
+	VPSUBW   Z13, Z17, K1, Z17
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z17, Z17, K1
+	VMOVDQU16 (SI), Z20
+	KMOVD     K1, R13
+	VMOVDQU16 Z16, K1, Z17
+	VPEXPANDW Z20, K1, Z16
+	POPCNTL   R13, R13
+	LEAQ      (SI)(R13*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z23
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R8), Z8, Z20
+	VPERMB     (R8), Z11, Z21
+	VPSHRDVW   Z9, Z21, Z20
+	ADDQ       (SP), R8
+	VPTERNLOGD $0xf8, Z10, Z20, Z23
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z23, Z23
+
+	// *dst = v; dst++
+	VMOVNTDQ Z23, (DI)
+	ADDQ     $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z18, Z20
+	VPERMI2W  Z1, Z0, Z20
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z18, Z21
+	VPCMPUW $0x05, Z20, Z21, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z20, Z18, K1, Z24
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z24, Z20
+	VPERMI2W  Z5, Z4, Z20
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z18, Z25
+	VPERMI2W.Z Z3, Z2, K1, Z25
+	VPSRLW     $0x0a, Z21, Z21
+	VPADDW     Z21, Z25, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z18, Z21
+	VPMULHUW    Z20, Z21, Z21
+	VPADDW      Z25, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z19, Z18
+	VPMULHUW Z20, Z19, Z19
+	VPADDW   Z21, Z18, Z18
+	VPCMPUW  $0x01, Z21, Z18, K1
+	VPSUBW   Z13, Z19, K1, Z19
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z19, Z19, K1
+	VMOVDQU16 (R9), Z20
+	KMOVD     K1, R13
+	VMOVDQU16 Z18, K1, Z19
+	VPEXPANDW Z20, K1, Z18
+	POPCNTL   R13, R13
+	LEAQ      (R9)(R13*2), R9
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z24
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R11), Z8, Z20
+	VPERMB     (R11), Z11, Z21
+	VPSHRDVW   Z9, Z21, Z20
+	ADDQ       (SP), R11
+	VPTERNLOGD $0xf8, Z10, Z20, Z24
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z24, Z24
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z24, (R10)
+	ADDQ      $0x40, R10
+	ADDQ      $0xc0, AX
+	DECQ      R12
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z18, 384(DX)
+	VMOVDQU16 Z19, 448(DX)
+	VZEROUPPER
+	RET
+
+// func aliasWordsWidePast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·aliasWordsWidePast4(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  (CX), Z0
+	VMOVDQU16  64(CX), Z1
+	VMOVDQU16  128(CX), Z2
+	VMOVDQU16  192(CX), Z3
+	VMOVDQU16  256(CX), Z4
+	VMOVDQU16  320(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  448(CX), Z7
+	VMOVDQU16  512(CX), Z8
+	VMOVDQU16  640(CX), Z9
+	VMOVDQU16  768(CX), Z10
+	VMOVDQU16  576(CX), Z11
+	VMOVDQU16  704(CX), Z12
+	MOVQ       112(AX), CX
+	MOVQ       CX, (SP)
+	VPTERNLOGD $0xff, Z13, Z13, Z13
+	MOVQ       8(AX), CX
+	MOVQ       72(AX), DX
+	MOVQ       40(AX), BX
+	VMOVDQU16  128(AX), Z14
+	VMOVDQU16  192(AX), Z15
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	MOVQ       48(AX), R8
+	VMOVDQU16  256(AX), Z16
+	VMOVDQU16  320(AX), Z17
+	MOVQ       24(AX), R9
+	MOVQ       88(AX), R10
+	MOVQ       56(AX), R11
+	VMOVDQU16  384(AX), Z18
+	VMOVDQU16  448(AX), Z19
+	MOVQ       32(AX), R12
+	MOVQ       96(AX), R13
+	MOVQ       64(AX), R14
+	VMOVDQU16  512(AX), Z20
+	VMOVDQU16  576(AX), Z21
+	MOVQ       104(AX), R15
+	MOVQ       120(AX), AX
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// stream 0: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z14, Z22
+	VPERMI2W  Z1, Z0, Z22
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z14, Z23
+	VPCMPUW $0x05, Z22, Z23, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z22, Z14, K1, Z24
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z24, Z22
+	VPERMI2W  Z5, Z4, Z22
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z14, Z28
+	VPERMI2W.Z Z3, Z2, K1, Z28
+	VPSRLW     $0x0a, Z23, Z23
+	VPADDW     Z23, Z28, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z14, Z23
+	VPMULHUW    Z22, Z23, Z23
+	VPADDW      Z28, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z15, Z14
+	VPMULHUW Z22, Z15, Z15
+	VPADDW   Z23, Z14, Z14
+	VPCMPUW  $0x01, Z23, Z14, K1
+	VPSUBW   Z13, Z15, K1, Z15
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z15, Z15, K1
+	VMOVDQU16 (CX), Z22
+	KMOVD     K1, BP
+	VMOVDQU16 Z14, K1, Z15
+	VPEXPANDW Z22, K1, Z14
+	POPCNTL   BP, BP
+	LEAQ      (CX)(BP*2), CX
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z24
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (BX), Z8, Z22
+	VPERMB     (BX), Z11, Z23
+	VPSHRDVW   Z9, Z23, Z22
+	ADDQ       (SP), BX
+	VPTERNLOGD $0xf8, Z10, Z22, Z24
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z24, Z24
+
+	// *dst = v; dst++
+	VMOVNTDQ Z24, (DX)
+	ADDQ     $0x40, DX
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 64(AX)
+
+	// stream 1: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z16, Z22
+	VPERMI2W  Z1, Z0, Z22
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z16, Z23
+	VPCMPUW $0x05, Z22, Z23, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z22, Z16, K1, Z25
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z25, Z22
+	VPERMI2W  Z5, Z4, Z22
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z16, Z28
+	VPERMI2W.Z Z3, Z2, K1, Z28
+	VPSRLW     $0x0a, Z23, Z23
+	VPADDW     Z23, Z28, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z16, Z23
+	VPMULHUW    Z22, Z23, Z23
+	VPADDW      Z28, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z17, Z16
+	VPMULHUW Z22, Z17, Z17
+	VPADDW   Z23, Z16, Z16
+	VPCMPUW  $0x01, Z23, Z16, K1
+	VPSUBW   Z13, Z17, K1, Z17
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z17, Z17, K1
+	VMOVDQU16 (SI), Z22
+	KMOVD     K1, BP
+	VMOVDQU16 Z16, K1, Z17
+	VPEXPANDW Z22, K1, Z16
+	POPCNTL   BP, BP
+	LEAQ      (SI)(BP*2), SI
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z25
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R8), Z8, Z22
+	VPERMB     (R8), Z11, Z23
+	VPSHRDVW   Z9, Z23, Z22
+	ADDQ       (SP), R8
+	VPTERNLOGD $0xf8, Z10, Z22, Z25
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z25, Z25
+
+	// *dst = v; dst++
+	VMOVNTDQ Z25, (DI)
+	ADDQ     $0x40, DI
+
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 128(AX)
+
+	// stream 2: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z18, Z22
+	VPERMI2W  Z1, Z0, Z22
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z18, Z23
+	VPCMPUW $0x05, Z22, Z23, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z22, Z18, K1, Z26
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z26, Z22
+	VPERMI2W  Z5, Z4, Z22
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z18, Z28
+	VPERMI2W.Z Z3, Z2, K1, Z28
+	VPSRLW     $0x0a, Z23, Z23
+	VPADDW     Z23, Z28, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z18, Z23
+	VPMULHUW    Z22, Z23, Z23
+	VPADDW      Z28, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z19, Z18
+	VPMULHUW Z22, Z19, Z19
+	VPADDW   Z23, Z18, Z18
+	VPCMPUW  $0x01, Z23, Z18, K1
+	VPSUBW   Z13, Z19, K1, Z19
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z19, Z19, K1
+	VMOVDQU16 (R9), Z22
+	KMOVD     K1, BP
+	VMOVDQU16 Z18, K1, Z19
+	VPEXPANDW Z22, K1, Z18
+	POPCNTL   BP, BP
+	LEAQ      (R9)(BP*2), R9
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z26
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R11), Z8, Z22
+	VPERMB     (R11), Z11, Z23
+	VPSHRDVW   Z9, Z23, Z22
+	ADDQ       (SP), R11
+	VPTERNLOGD $0xf8, Z10, Z22, Z26
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z26, Z26
+
+	// *dst = v; dst++
+	VMOVNTDQ Z26, (R10)
+	ADDQ     $0x40, R10
+
+	// stream 3: e := entry[lo&63] // the permute looks at six bits by itself
+	VMOVDQA64 Z20, Z22
+	VPERMI2W  Z1, Z0, Z22
+
+	// isAlias := lo<<4 >= e
+	VPSLLW  $0x04, Z20, Z23
+	VPCMPUW $0x05, Z22, Z23, K1
+
+	// sym := lo&63; if isAlias { sym = e&63 }
+	VPBLENDMW Z22, Z20, K1, Z27
+
+	// f := freq[sym] // frequency << 4
+	VMOVDQA64 Z27, Z22
+	VPERMI2W  Z5, Z4, Z22
+
+	// rank := lo>>6&63; if isAlias { rank += offset[lo&63] }
+	VMOVDQA64  Z20, Z28
+	VPERMI2W.Z Z3, Z2, K1, Z28
+	VPSRLW     $0x0a, Z23, Z23
+	VPADDW     Z23, Z28, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z20, Z23
+	VPMULHUW    Z22, Z23, Z23
+	VPADDW      Z28, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z21, Z20
+	VPMULHUW Z22, Z21, Z21
+	VPADDW   Z23, Z20, Z20
+	VPCMPUW  $0x01, Z23, Z20, K1
+	VPSUBW   Z13, Z21, K1, Z21
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z21, Z21, K1
+	VMOVDQU16 (R12), Z22
+	KMOVD     K1, BP
+	VMOVDQU16 Z20, K1, Z21
+	VPEXPANDW Z22, K1, Z20
+	POPCNTL   BP, BP
+	LEAQ      (R12)(BP*2), R12
+
+	// v := value[sym]
+	VPERMI2W Z7, Z6, Z27
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R14), Z8, Z22
+	VPERMB     (R14), Z11, Z23
+	VPSHRDVW   Z9, Z23, Z22
+	ADDQ       (SP), R14
+	VPTERNLOGD $0xf8, Z10, Z22, Z27
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z12, Z27, Z27
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z27, (R13)
+	ADDQ      $0x40, R13
+	ADDQ      $0xc0, AX
+	DECQ      R15
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), DX
+	MOVQ      AX, 120(DX)
+	MOVQ      CX, 8(DX)
+	VMOVDQU16 Z14, 128(DX)
+	VMOVDQU16 Z15, 192(DX)
+	MOVQ      SI, 16(DX)
+	VMOVDQU16 Z16, 256(DX)
+	VMOVDQU16 Z17, 320(DX)
+	MOVQ      R9, 24(DX)
+	VMOVDQU16 Z18, 384(DX)
+	VMOVDQU16 Z19, 448(DX)
+	MOVQ      R12, 32(DX)
+	VMOVDQU16 Z20, 512(DX)
+	VMOVDQU16 Z21, 576(DX)
 	VZEROUPPER
 	RET

@@ -25,7 +25,11 @@ func (d *Decoder) kernel() *kernel {
 		a := &d.tiers.alias
 		a.Do(func() {
 			a.fill(d.table, d.element)
-			a.kernel = kernel{aliasKernels[d.element.form()], unsafe.Pointer(&a.aliasTable), restReads[d.element.form()]}
+			form := d.element.form()
+			a.kernel = kernel{aliasKernels[form], unsafe.Pointer(&a.aliasTable), restReads[form], [BatchStreams]func(*byte){}}
+			if d.element.Size == 2 {
+				a.kernel.past = aliasPast[form]
+			}
 		})
 		return &a.kernel
 	}
@@ -56,6 +60,12 @@ var aliasKernels = [5][BatchStreams]func(*byte){
 	{aliasWordsWide1, aliasWordsWide2, aliasWordsWide3, aliasWordsWide4},
 	{aliasBytes1, aliasBytes2, aliasBytes3, aliasBytes4},
 	{aliasBytesNarrow1, aliasBytesNarrow2, aliasBytesNarrow3, aliasBytesNarrow4},
+}
+
+var aliasPast = [3][BatchStreams]func(*byte){
+	{aliasWordsPast1, aliasWordsPast2, aliasWordsPast3, aliasWordsPast4},
+	{aliasWordsNarrowPast1, aliasWordsNarrowPast2, aliasWordsNarrowPast3, aliasWordsNarrowPast4},
+	{aliasWordsWidePast1, aliasWordsWidePast2, aliasWordsWidePast3, aliasWordsWidePast4},
 }
 
 // aliasTable is a table as the AVX-512 kernels want it; they know its layout.

@@ -15,6 +15,7 @@ const (
 	argDst      = 72
 	argCount    = 104
 	argRestStep = 112
+	argAhead    = 120
 	argState    = 128 // four times 128 bytes
 )
 
@@ -23,6 +24,7 @@ type form struct {
 	name string
 	size int // bytes of an element
 	rest restForm
+	past bool // stores go past the caches; elements lie on 64 bytes
 }
 
 type restForm int
@@ -34,14 +36,18 @@ const (
 )
 
 var forms = []form{
-	{"Words", 2, noRest}, {"WordsNarrow", 2, narrowRest}, {"WordsWide", 2, wideRest},
-	{"Bytes", 1, noRest}, {"BytesNarrow", 1, narrowRest},
+	{"Words", 2, noRest, false}, {"WordsNarrow", 2, narrowRest, false}, {"WordsWide", 2, wideRest, false},
+	{"Bytes", 1, noRest, false}, {"BytesNarrow", 1, narrowRest, false},
+	{"WordsPast", 2, noRest, true}, {"WordsNarrowPast", 2, narrowRest, true}, {"WordsWidePast", 2, wideRest, true},
 }
 
 func (f form) doc() string {
 	s := []string{"words of the symbols alone", "words with a rest of at most 8 bits", "words with a rest of up to 15 bits"}
 	if f.size == 1 {
 		s = []string{"bytes of the symbols alone", "bytes with a rest of at most 4 bits"}
+	}
+	if f.past {
+		return s[f.rest] + ", past the caches: a.dst on 64 bytes"
 	}
 	return s[f.rest]
 }
