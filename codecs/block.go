@@ -55,7 +55,7 @@ type Scratch struct {
 	raw, rawBase   []byte
 
 	blocks   [GroupBlocks]block
-	batch    [3]rans.Batch // one a field of joinBytes
+	batch    [3]rans.Batch // one a field of joinChunks
 	ahead    []byte        // what lies behind the blocks that are decoded
 	parts    []byte
 	symBytes []byte
@@ -168,8 +168,8 @@ func (f *Format) decodeBlocks(first int, dst []byte, blocks [][]byte, base []byt
 	switch f.join() {
 	case joinSymbols:
 		return f.joinSymbols(s.blocks[:coded], first/GroupBlocks, s)
-	case joinBytes:
-		return f.joinBytes(s.blocks[:coded], first/GroupBlocks, s)
+	case joinBytes, joinHalves:
+		return f.joinChunks(s.blocks[:coded], first/GroupBlocks, s)
 	}
 	for k := range coded {
 		if err := f.joinFields(&s.blocks[k], first/GroupBlocks, s); err != nil {
@@ -182,6 +182,10 @@ func (f *Format) decodeBlocks(first int, dst []byte, blocks [][]byte, base []byt
 // join says how the words of a format come together.
 func (f *Format) join() joinForm {
 	switch {
+	case f.transform == Half && len(f.fields) == 1:
+		if f.element(0, joinHalves).Joins() {
+			return joinHalves
+		}
 	case f.transform != Plain:
 	case len(f.fields) == 1 && f.word <= 2:
 		if f.element(0, joinSymbols).Joins() {
@@ -203,6 +207,7 @@ const (
 	joinFields  joinForm = iota // field by field, in words of 64 bits
 	joinSymbols                 // symbols and rest become words as they are decoded
 	joinBytes                   // the upper halves too, and two planes of bytes join them
+	joinHalves                  // binary16 numbers too, and are made binary32
 )
 
 // element is what the coder makes of the symbols of field i.
@@ -212,6 +217,8 @@ func (f *Format) element(i int, j joinForm) rans.Element {
 	switch {
 	case j == joinSymbols:
 		return rans.Element{Field: x, Size: f.word, Shift: f.shift}
+	case j == joinHalves:
+		return rans.Element{Field: x, Size: 2, Shift: f.shift}
 	case j == joinBytes && i == 0:
 		return rans.Element{Field: x, Size: 2}
 	case j == joinBytes:
@@ -438,10 +445,14 @@ func (f *Format) patchWords(b *block, i int, carry *[rans.Lanes]uint16, s *Scrat
 	mask := (uint32(1)<<x.Sym - 1) << up
 	for _, p := range list {
 		v, at := uint32(p.Value)<<up, int(p.At)
-		switch f.word {
-		case 1:
+		switch {
+		case f.transform == Half:
+			w := b.dst[4*at:]
+			h, _ := toHalf(binary.LittleEndian.Uint32(w))
+			binary.LittleEndian.PutUint32(w, fromHalf(h&^uint16(mask)|uint16(v)))
+		case f.word == 1:
 			b.dst[at] = b.dst[at]&^uint8(mask) | uint8(v)
-		case 2:
+		case f.word == 2:
 			w := b.dst[2*at:]
 			binary.LittleEndian.PutUint16(w, binary.LittleEndian.Uint16(w)&^uint16(mask)|uint16(v))
 		default:
@@ -498,12 +509,13 @@ func (f *Format) joinSymbols(blocks []block, group int, s *Scratch) error {
 	return nil
 }
 
-// chunkWords is how many words of a block joinBytes has in hand: the parts of four blocks stay in the caches.
+// chunkWords is how many words of a block joinChunks has in hand: the parts of four blocks stay in the caches.
 const chunkWords = 4096
 
-// joinBytes decodes blocks of 32-bit words: their upper halves and two planes of bytes, a chunk at a time.
-func (f *Format) joinBytes(blocks []block, group int, s *Scratch) error {
-	size := [3]int{2, 1, 1}
+// joinChunks decodes blocks of 32-bit words, a chunk at a time: their upper halves and two planes of bytes, or binary16.
+func (f *Format) joinChunks(blocks []block, group int, s *Scratch) error {
+	bytesOf := [3]int{2, 1, 1}
+	size := bytesOf[:len(f.fields)]
 	var parts [GroupBlocks][3]struct {
 		data   []byte // all of the part, or a chunk's room where it is coded
 		stream int    // of the field's batch, or -1
@@ -539,7 +551,7 @@ func (f *Format) joinBytes(blocks []block, group int, s *Scratch) error {
 			part.data = take(b.n * size[i])
 			x := f.fields[i]
 			x.Shift = 0
-			x.JoinDirect(part.data, sym, p.rest, size[i], 0)
+			x.JoinDirect(part.data, sym, p.rest, size[i], f.shift)
 		}
 	}
 	for at := 0; at < blocks[0].n; at += chunkWords { // only a last block is shorter than the first
@@ -562,12 +574,17 @@ func (f *Format) joinBytes(blocks []block, group int, s *Scratch) error {
 				break
 			}
 			var part [3][]byte
-			for i, p := range parts[k] {
+			for i := range size {
+				p := &parts[k][i]
 				if part[i] = p.data; p.stream < 0 {
 					part[i] = p.data[at*size[i]:]
 				}
 			}
-			planes.Join32(b.dst[4*at:4*(at+n)], part[0], part[1], part[2])
+			if dst := b.dst[4*at : 4*(at+n)]; f.transform == Half {
+				widen(dst, part[0])
+			} else {
+				planes.Join32(dst, part[0], part[1], part[2])
+			}
 		}
 	}
 	for k := range blocks {

@@ -11,6 +11,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"github.com/zeebo/xxh3"
+
+	"bigsmall.dev/bigsmall/codecs/cpu"
 )
 
 // serial is a Run on one goroutine.
@@ -118,6 +120,14 @@ func roundTrip(t *testing.T, tensor *Tensor, raw, base []byte) (size int, codec 
 	require.NoError(t, err)
 	payload, sum, err := encodeAll(e)
 	require.NoError(t, err)
+	defer func() { require.NoError(t, cpu.Use("")) }()
+	for tier := cpu.Generic; tier < cpu.Best(); tier++ {
+		require.NoError(t, cpu.Use(tier.String()))
+		got, err := decodeAll(payload, sum, tensor.DType, int64(len(raw)), base)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(raw, got), "%s", tier)
+	}
+	require.NoError(t, cpu.Use(""))
 	got, err := decodeAll(payload, sum, tensor.DType, int64(len(raw)), base)
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(raw, got))
@@ -171,6 +181,40 @@ func TestRoundTrip(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// Values that no table holds are patched into words of every form; some are in the lanes, some in the list.
+func TestPatches(t *testing.T) {
+	r := rand.New(rand.NewPCG(15, 16))
+	const n = 2*BlockWords + 99
+	for _, d := range []DType{BF16, F16, F32, F8E4M3, F8E5M2} {
+		for _, rare := range []int{40, 3000, 30_000} {
+			word := dtypes[d].word
+			raw := weights(r, d, n, .02)
+			for i := range n {
+				if r.IntN(rare) == 0 {
+					for k := range word {
+						raw[i*word+k] = uint8(r.Uint32())
+					}
+				}
+			}
+			for _, mode := range []Mode{Balanced, Inference} {
+				roundTrip(t, tensorOf(d, raw, mode, n), raw, nil)
+			}
+		}
+	}
+	for _, zeros := range []uint32{0x1fff, 0x7fff} { // binary16 in binary32, all of its bits or only some in use
+		half := make([]byte, 0, 4*n)
+		for range n {
+			h, _ := toHalf(math.Float32bits(float32(r.NormFloat64()*.01)) &^ zeros)
+			if r.IntN(3000) == 0 {
+				h = uint16(r.Uint32()) &^ uint16(zeros>>13)
+			}
+			half = binary.LittleEndian.AppendUint32(half, fromHalf(h))
+		}
+		size, _ := roundTrip(t, tensorOf(F32, half, Balanced, n), half, nil)
+		require.Less(t, size, n*2)
 	}
 }
 

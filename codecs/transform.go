@@ -1,6 +1,9 @@
 package codecs
 
-import "math/bits"
+import (
+	"encoding/binary"
+	"math/bits"
+)
 
 // Half: a binary32 number that is exact in binary16 is written as that. NaN payloads map to the ten bits that binary16
 // has, and must have no others. Returns ok false where anything would be lost.
@@ -33,6 +36,20 @@ func fromHalf(h uint16) uint32 {
 	}
 	up := uint32(bits.LeadingZeros16(uint16(mant))) - 5 // 1 to 10: shifts the leading one to bit 10
 	return sign | (113-up)<<23 | mant<<(13+up)&0x7fffff
+}
+
+// widen makes binary32 numbers of as many binary16 numbers, both little-endian.
+func widen(dst, src []byte) {
+	n := len(dst) / 4
+	dst, src = dst[:4*n], src[:2*n]
+	for i := range n {
+		h := binary.LittleEndian.Uint16(src[2*i:])
+		w := uint32(h&0x8000)<<16 | (uint32(h&0x7fff)<<13 + 112<<23)
+		if e := h & 0x7c00; e == 0 || e == 0x7c00 {
+			w = fromHalf(h)
+		}
+		binary.LittleEndian.PutUint32(dst[4*i:], w)
+	}
 }
 
 // ordered maps the bits of a float to integers that ascend with the number; unordered maps them back.
