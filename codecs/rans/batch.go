@@ -128,12 +128,13 @@ func (e Element) put(dst []byte, sym []uint16, rest []byte) {
 	}
 }
 
-// kernel is one tier's code for a table: run[k-1] decodes turns of k streams.
+// kernel is one tier's code for a table: run[k-1] decodes turns of k streams, and there may be fewer than
+// streams.
 type kernel struct {
-	run      [BatchStreams]func(*byte)
+	run      []func(*byte)
 	table    unsafe.Pointer
-	restRead int                       // how much of the rest it reads in a turn
-	past     [BatchStreams]func(*byte) // run, but past the caches; nil where there is none
+	restRead int           // how much of the rest it reads in a turn
+	past     []func(*byte) // run, but past the caches; nil where there is none
 }
 
 // wordRead is how much of the words a kernel reads in a turn; it takes no more than that.
@@ -162,7 +163,7 @@ func (b *Batch) run(k *kernel, restStep, size int) {
 		n, count := 0, 0
 		for i := range b.n {
 			s := &b.streams[i]
-			if c := s.safe(k.restRead, restStep); c > 0 && !s.short {
+			if c := s.safe(k.restRead, restStep); c > 0 && !s.short && n < len(k.run) {
 				if n == 0 || c < count {
 					count = c
 				}
@@ -174,7 +175,7 @@ func (b *Batch) run(k *kernel, restStep, size int) {
 			return
 		}
 		a.count = uint64(count)
-		aligned := b.Past && k.past[0] != nil
+		aligned := b.Past && k.past != nil
 		for i, s := range active[:n] {
 			a.src[i] = uintptr(unsafe.Pointer(unsafe.SliceData(s.words)))
 			a.rest[i] = uintptr(unsafe.Pointer(unsafe.SliceData(s.rest)))

@@ -17,8 +17,31 @@ type Decoder struct {
 	tiers  tierTables
 }
 
-// slotTable has one entry a slot: frequency - 1, rank and symbol in 12, 12 and 8 bits.
+// slotTable has one entry a slot: frequency, rank and a code of the symbol in 12, 12 and 8 bits. A frequency is at most
+// 4095, since there are two symbols.
 type slotTable [Slots]uint32
+
+// fill expands a table; code[k] stands for symbol k.
+func (s *slotTable) fill(t *Table, code *[MaxSymbols]uint8) {
+	t.runs(func(sym, rank, slot, step, n int) {
+		if n == 0 { // a bucket without a symbol of its own
+			return
+		}
+		e := uint32(t.Freq[sym])<<20 | uint32(rank)<<8 | uint32(code[sym])
+		for ; n > 0; n-- {
+			s[slot%Slots] = e
+			slot, e = slot+step, e+1<<8
+		}
+	})
+}
+
+// itself is the code of a table of symbols.
+var itself = func() (code [MaxSymbols]uint8) {
+	for i := range code {
+		code[i] = uint8(i)
+	}
+	return code
+}()
 
 // NewDecoder prepares a table. What the kernels and the plain code look up is made when it is first asked for: a small
 // tensor pays for its own tier alone.
@@ -32,9 +55,7 @@ func NewDecoder(t *Table, e Element) *Decoder {
 func (d *Decoder) entries() *slotTable {
 	d.expand.Do(func() {
 		d.slots = new(slotTable)
-		d.table.slots(func(slot, sym, rank int) {
-			d.slots[slot] = uint32(d.table.Freq[sym]-1)<<20 | uint32(rank)<<8 | uint32(sym)
-		})
+		d.slots.fill(d.table, &itself)
 	})
 	return d.slots
 }
@@ -96,7 +117,7 @@ func (l *lanes) symbols(values []uint16, d *Decoder) {
 // one decodes one symbol.
 func (l *lanes) one(lane int, t *slotTable, value *[MaxSymbols]uint16) uint16 {
 	e := t[l.x[lane]%Slots]
-	v := l.x[lane]>>ScaleBits*(e>>20+1) + e>>8%Slots
+	v := l.x[lane]>>ScaleBits*(e>>20) + e>>8%Slots
 	if v < lower {
 		if len(l.words) < 2 {
 			l.short = true
@@ -159,7 +180,7 @@ func DecodeClasses(values []uint16, src []byte, tables []*Decoder, classes []uin
 // step decodes one lane: the next state, and the position by the borrow of a subtraction. Branches would cost most: a
 // fifth of the symbols take a word.
 func step(v, e uint32, win *[2 * Lanes]byte, p uint) (uint32, uint) {
-	v = v>>ScaleBits*(e>>20+1) + e>>8%Slots
+	v = v>>ScaleBits*(e>>20) + e>>8%Slots
 	w := v<<16 | uint32(binary.LittleEndian.Uint16(win[2*(p%Lanes):]))
 	if v >= lower {
 		w = v

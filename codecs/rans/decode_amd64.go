@@ -163,3 +163,223 @@ func aliasWordsWidePast3(a *byte)
 //
 //go:noescape
 func aliasWordsWidePast4(a *byte)
+
+// wideWords1 decodes a.count turns of 1 streams with wide alias tables to words of the symbols alone.
+//
+//go:noescape
+func wideWords1(a *byte)
+
+// wideWords2 decodes a.count turns of 2 streams with wide alias tables to words of the symbols alone.
+//
+//go:noescape
+func wideWords2(a *byte)
+
+// wideWords3 decodes a.count turns of 3 streams with wide alias tables to words of the symbols alone.
+//
+//go:noescape
+func wideWords3(a *byte)
+
+// wideWords4 decodes a.count turns of 4 streams with wide alias tables to words of the symbols alone.
+//
+//go:noescape
+func wideWords4(a *byte)
+
+// wideWordsNarrow1 decodes a.count turns of 1 streams with wide alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func wideWordsNarrow1(a *byte)
+
+// wideWordsNarrow2 decodes a.count turns of 2 streams with wide alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func wideWordsNarrow2(a *byte)
+
+// wideWordsNarrow3 decodes a.count turns of 3 streams with wide alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func wideWordsNarrow3(a *byte)
+
+// wideWordsNarrow4 decodes a.count turns of 4 streams with wide alias tables to words with a rest of at most 8 bits.
+//
+//go:noescape
+func wideWordsNarrow4(a *byte)
+
+// wideWordsWide1 decodes a.count turns of 1 streams with wide alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func wideWordsWide1(a *byte)
+
+// wideWordsWide2 decodes a.count turns of 2 streams with wide alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func wideWordsWide2(a *byte)
+
+// wideWordsWide3 decodes a.count turns of 3 streams with wide alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func wideWordsWide3(a *byte)
+
+// wideWordsWide4 decodes a.count turns of 4 streams with wide alias tables to words with a rest of up to 15 bits.
+//
+//go:noescape
+func wideWordsWide4(a *byte)
+
+// wideBytes1 decodes a.count turns of 1 streams with wide alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func wideBytes1(a *byte)
+
+// wideBytes2 decodes a.count turns of 2 streams with wide alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func wideBytes2(a *byte)
+
+// wideBytes3 decodes a.count turns of 3 streams with wide alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func wideBytes3(a *byte)
+
+// wideBytes4 decodes a.count turns of 4 streams with wide alias tables to bytes of the symbols alone.
+//
+//go:noescape
+func wideBytes4(a *byte)
+
+// wideBytesNarrow1 decodes a.count turns of 1 streams with wide alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func wideBytesNarrow1(a *byte)
+
+// wideBytesNarrow2 decodes a.count turns of 2 streams with wide alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func wideBytesNarrow2(a *byte)
+
+// wideBytesNarrow3 decodes a.count turns of 3 streams with wide alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func wideBytesNarrow3(a *byte)
+
+// wideBytesNarrow4 decodes a.count turns of 4 streams with wide alias tables to bytes with a rest of at most 4 bits.
+//
+//go:noescape
+func wideBytesNarrow4(a *byte)
+
+// wideWordsPast1 decodes a.count turns of 1 streams with wide alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsPast1(a *byte)
+
+// wideWordsPast2 decodes a.count turns of 2 streams with wide alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsPast2(a *byte)
+
+// wideWordsPast3 decodes a.count turns of 3 streams with wide alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsPast3(a *byte)
+
+// wideWordsPast4 decodes a.count turns of 4 streams with wide alias tables to words of the symbols alone, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsPast4(a *byte)
+
+// wideWordsNarrowPast1 decodes a.count turns of 1 streams with wide alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsNarrowPast1(a *byte)
+
+// wideWordsNarrowPast2 decodes a.count turns of 2 streams with wide alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsNarrowPast2(a *byte)
+
+// wideWordsNarrowPast3 decodes a.count turns of 3 streams with wide alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsNarrowPast3(a *byte)
+
+// wideWordsNarrowPast4 decodes a.count turns of 4 streams with wide alias tables to words with a rest of at most 8 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsNarrowPast4(a *byte)
+
+// wideWordsWidePast1 decodes a.count turns of 1 streams with wide alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsWidePast1(a *byte)
+
+// wideWordsWidePast2 decodes a.count turns of 2 streams with wide alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsWidePast2(a *byte)
+
+// wideWordsWidePast3 decodes a.count turns of 3 streams with wide alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsWidePast3(a *byte)
+
+// wideWordsWidePast4 decodes a.count turns of 4 streams with wide alias tables to words with a rest of up to 15 bits, past the caches: a.dst on 64 bytes.
+//
+//go:noescape
+func wideWordsWidePast4(a *byte)
+
+// slotsBytes1 decodes a.count turns of 1 streams with a table of slots to bytes of the symbols alone.
+//
+//go:noescape
+func slotsBytes1(a *byte)
+
+// slotsBytes2 decodes a.count turns of 2 streams with a table of slots to bytes of the symbols alone.
+//
+//go:noescape
+func slotsBytes2(a *byte)
+
+// slotsBytesRest1 decodes a.count turns of 1 streams with a table of slots to bytes with a rest.
+//
+//go:noescape
+func slotsBytesRest1(a *byte)
+
+// slotsBytesRest2 decodes a.count turns of 2 streams with a table of slots to bytes with a rest.
+//
+//go:noescape
+func slotsBytesRest2(a *byte)
+
+// slotsWords1 decodes a.count turns of 1 streams with a table of slots to words of the symbols alone, values within 256 of the lowest.
+//
+//go:noescape
+func slotsWords1(a *byte)
+
+// slotsWords2 decodes a.count turns of 2 streams with a table of slots to words of the symbols alone, values within 256 of the lowest.
+//
+//go:noescape
+func slotsWords2(a *byte)
+
+// slotsWordsRest1 decodes a.count turns of 1 streams with a table of slots to words with a rest, values within 256 of the lowest.
+//
+//go:noescape
+func slotsWordsRest1(a *byte)
+
+// slotsWordsRest2 decodes a.count turns of 2 streams with a table of slots to words with a rest, values within 256 of the lowest.
+//
+//go:noescape
+func slotsWordsRest2(a *byte)
+
+// slotsWordsAnywhere1 decodes a.count turns of 1 streams with a table of slots to words of the symbols alone, values anywhere.
+//
+//go:noescape
+func slotsWordsAnywhere1(a *byte)
+
+// slotsWordsAnywhere2 decodes a.count turns of 2 streams with a table of slots to words of the symbols alone, values anywhere.
+//
+//go:noescape
+func slotsWordsAnywhere2(a *byte)
+
+// slotsWordsAnywhereRest1 decodes a.count turns of 1 streams with a table of slots to words with a rest, values anywhere.
+//
+//go:noescape
+func slotsWordsAnywhereRest1(a *byte)
+
+// slotsWordsAnywhereRest2 decodes a.count turns of 2 streams with a table of slots to words with a rest, values anywhere.
+//
+//go:noescape
+func slotsWordsAnywhereRest2(a *byte)

@@ -6194,3 +6194,13455 @@ turn:
 	VMOVDQU16 Z21, 576(DX)
 	VZEROUPPER
 	RET
+
+DATA packLow<>+0(SB)/8, $0x0e0c0a0806040200
+DATA packLow<>+8(SB)/8, $0x1e1c1a1816141210
+DATA packLow<>+16(SB)/8, $0x2e2c2a2826242220
+DATA packLow<>+24(SB)/8, $0x3e3c3a3836343230
+DATA packLow<>+32(SB)/8, $0x4e4c4a4846444240
+DATA packLow<>+40(SB)/8, $0x5e5c5a5856545250
+DATA packLow<>+48(SB)/8, $0x6e6c6a6866646260
+DATA packLow<>+56(SB)/8, $0x7e7c7a7876747270
+GLOBL packLow<>(SB), RODATA|NOPTR, $64
+
+DATA packTop<>+0(SB)/8, $0x0f0d0b0907050301
+DATA packTop<>+8(SB)/8, $0x1f1d1b1917151311
+DATA packTop<>+16(SB)/8, $0x2f2d2b2927252321
+DATA packTop<>+24(SB)/8, $0x3f3d3b3937353331
+DATA packTop<>+32(SB)/8, $0x4f4d4b4947454341
+DATA packTop<>+40(SB)/8, $0x5f5d5b5957555351
+DATA packTop<>+48(SB)/8, $0x6f6d6b6967656361
+DATA packTop<>+56(SB)/8, $0x7f7d7b7977757371
+GLOBL packTop<>(SB), RODATA|NOPTR, $64
+
+DATA wordsLow<>+0(SB)/8, $0x4303420241014000
+DATA wordsLow<>+8(SB)/8, $0x4707460645054404
+DATA wordsLow<>+16(SB)/8, $0x4b0b4a0a49094808
+DATA wordsLow<>+24(SB)/8, $0x4f0f4e0e4d0d4c0c
+DATA wordsLow<>+32(SB)/8, $0x5313521251115010
+DATA wordsLow<>+40(SB)/8, $0x5717561655155414
+DATA wordsLow<>+48(SB)/8, $0x5b1b5a1a59195818
+DATA wordsLow<>+56(SB)/8, $0x5f1f5e1e5d1d5c1c
+GLOBL wordsLow<>(SB), RODATA|NOPTR, $64
+
+DATA wordsTop<>+0(SB)/8, $0x6323622261216020
+DATA wordsTop<>+8(SB)/8, $0x6727662665256424
+DATA wordsTop<>+16(SB)/8, $0x6b2b6a2a69296828
+DATA wordsTop<>+24(SB)/8, $0x6f2f6e2e6d2d6c2c
+DATA wordsTop<>+32(SB)/8, $0x7333723271317030
+DATA wordsTop<>+40(SB)/8, $0x7737763675357434
+DATA wordsTop<>+48(SB)/8, $0x7b3b7a3a79397838
+DATA wordsTop<>+56(SB)/8, $0x7f3f7e3e7d3d7c3c
+GLOBL wordsTop<>(SB), RODATA|NOPTR, $64
+
+// func wideWords1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWords1(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       104(AX), SI
+	MOVQ       SI, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z3
+	VMOVDQU16  128(CX), Z4
+	VMOVDQU16  256(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  512(CX), Z7
+	VMOVDQU16  640(CX), Z8
+	VMOVDQU16  768(CX), Z9
+	VMOVDQU16  896(CX), Z10
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z11
+	VPERMI2B  Z1, Z1, Z11
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z12
+	VPERMI2B   Z1, Z1, Z12
+	VPSLLW     $0x04, Z12, Z12
+	VPORD.BCST nibbles<>+0(SB), Z12, Z12
+	VPMOVB2M   Z11, K1
+	VMOVDQA64  Z11, Z13
+	VPERMI2B   576(CX), Z7, Z13
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   704(CX), Z8, Z14
+	VMOVDQU8   Z14, K1, Z13
+	VPCMPUB    $0x05, Z13, Z12, K2
+	VMOVDQA64  Z11, Z12
+	VPERMI2B   320(CX), Z5, Z12
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   448(CX), Z6, Z14
+	VMOVDQU8   Z14, K1, Z12
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  64(CX), Z3, Z14
+	VMOVDQA64 Z11, Z15
+	VPERMI2B  192(CX), Z4, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU8  Z14, K2, Z11
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z14
+	VPERMI2B    Z13, Z12, Z14
+	VPSRLW      $0x08, Z1, Z12
+	VPANDD.BCST ranks<>+0(SB), Z12, Z12
+	VPADDW      Z14, Z12, K2, Z12
+	VPANDD.BCST slots<>+0(SB), Z12, Z12
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z11, K1
+	VMOVDQA64 Z11, Z13
+	VPERMI2B  832(CX), Z9, Z13
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  960(CX), Z10, Z14
+	VMOVDQU8  Z14, K1, Z13
+	VMOVDQU64 1024(CX), Z14
+	VPERMT2B  1088(CX), Z11, Z14
+	VMOVDQU64 1152(CX), Z15
+	VPERMT2B  1216(CX), Z11, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z14, Z13, Z15
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z13
+	VPMULHUW    Z15, Z13, Z13
+	VPADDW      Z12, Z13, Z13
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z2, Z1
+	VPMULHUW Z15, Z2, Z2
+	VPADDW   Z13, Z1, Z1
+	VPCMPUW  $0x01, Z13, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z12
+	KMOVD     K2, SI
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z12, K2, Z1
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z12
+	VPERMT2B  1344(CX), Z11, Z12
+	VMOVDQU64 1408(CX), Z13
+	VPERMT2B  1472(CX), Z11, Z13
+	VMOVDQU8  Z13, K1, Z12
+	VMOVDQU64 1536(CX), Z13
+	VPERMT2B  1600(CX), Z11, Z13
+	VMOVDQU64 1664(CX), Z14
+	VPERMT2B  1728(CX), Z11, Z14
+	VMOVDQU8  Z14, K1, Z13
+	VMOVDQU64 wordsLow<>+0(SB), Z11
+	VPERMI2B  Z13, Z12, Z11
+
+	// *dst = v; dst++
+	VMOVDQU16 Z11, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	VZEROUPPER
+	RET
+
+DATA nibbles<>+0(SB)/4, $0x0f0f0f0f
+GLOBL nibbles<>(SB), RODATA|NOPTR, $4
+
+DATA ranks<>+0(SB)/4, $0x000f000f
+GLOBL ranks<>(SB), RODATA|NOPTR, $4
+
+DATA slots<>+0(SB)/4, $0x0fff0fff
+GLOBL slots<>(SB), RODATA|NOPTR, $4
+
+// func wideWords2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWords2(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       104(AX), R8
+	MOVQ       R8, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z5
+	VMOVDQU16  128(CX), Z6
+	VMOVDQU16  256(CX), Z7
+	VMOVDQU16  384(CX), Z8
+	VMOVDQU16  512(CX), Z9
+	VMOVDQU16  640(CX), Z10
+	VMOVDQU16  768(CX), Z11
+	VMOVDQU16  896(CX), Z12
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z13
+	VPERMI2B  Z3, Z1, Z13
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z14
+	VPERMI2B   Z3, Z1, Z14
+	VPSLLW     $0x04, Z14, Z14
+	VPORD.BCST nibbles<>+0(SB), Z14, Z14
+	VPMOVB2M   Z13, K1
+	VMOVDQA64  Z13, Z15
+	VPERMI2B   576(CX), Z9, Z15
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   704(CX), Z10, Z16
+	VMOVDQU8   Z16, K1, Z15
+	VPCMPUB    $0x05, Z15, Z14, K2
+	VMOVDQA64  Z13, Z14
+	VPERMI2B   320(CX), Z7, Z14
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   448(CX), Z8, Z16
+	VMOVDQU8   Z16, K1, Z14
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  64(CX), Z5, Z16
+	VMOVDQA64 Z13, Z17
+	VPERMI2B  192(CX), Z6, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU8  Z16, K2, Z13
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z1, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	VPADDW      Z16, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+	VMOVDQU64   wordsTop<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z3, Z14
+	VPANDD.BCST ranks<>+0(SB), Z14, Z14
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z16, Z14, K2, Z14
+	VPANDD.BCST slots<>+0(SB), Z14, Z14
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z13, K1
+	VMOVDQA64 Z13, Z15
+	VPERMI2B  832(CX), Z11, Z15
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  960(CX), Z12, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 1024(CX), Z16
+	VPERMT2B  1088(CX), Z13, Z16
+	VMOVDQU64 1152(CX), Z18
+	VPERMT2B  1216(CX), Z13, Z18
+	VMOVDQU8  Z18, K1, Z16
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z16, Z15, Z18
+	VMOVDQU64 wordsTop<>+0(SB), Z19
+	VPERMI2B  Z16, Z15, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z15
+	VPMULHUW    Z18, Z15, Z15
+	VPADDW      Z17, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z2, Z1
+	VPMULHUW Z18, Z2, Z2
+	VPADDW   Z15, Z1, Z1
+	VPCMPUW  $0x01, Z15, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z15
+	KMOVD     K2, R8
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z15, K2, Z1
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z15
+	VPMULHUW    Z19, Z15, Z15
+	VPADDW      Z14, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z4, Z3
+	VPMULHUW Z19, Z4, Z4
+	VPADDW   Z15, Z3, Z3
+	VPCMPUW  $0x01, Z15, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z14
+	KMOVD     K2, R8
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z14, K2, Z3
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z14
+	VPERMT2B  1344(CX), Z13, Z14
+	VMOVDQU64 1408(CX), Z15
+	VPERMT2B  1472(CX), Z13, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU64 1536(CX), Z15
+	VPERMT2B  1600(CX), Z13, Z15
+	VMOVDQU64 1664(CX), Z16
+	VPERMT2B  1728(CX), Z13, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 wordsLow<>+0(SB), Z13
+	VPERMI2B  Z15, Z14, Z13
+
+	// *dst = v; dst++
+	VMOVDQU16 Z13, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z13
+	VPERMI2B  Z15, Z14, Z13
+
+	// *dst = v; dst++
+	VMOVDQU16 Z13, (DI)
+	ADDQ      $0x40, DI
+	ADDQ      $0x80, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWords3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWords3(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       104(AX), R10
+	MOVQ       R10, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z7
+	VMOVDQU16  128(CX), Z8
+	VMOVDQU16  256(CX), Z9
+	VMOVDQU16  384(CX), Z10
+	VMOVDQU16  512(CX), Z11
+	VMOVDQU16  640(CX), Z12
+	VMOVDQU16  768(CX), Z13
+	VMOVDQU16  896(CX), Z14
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z3, Z1, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z3, Z1, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z1, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	VPADDW      Z18, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+	VMOVDQU64   wordsTop<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z3, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z15, Z20
+	VMOVDQU8  Z20, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z18, Z17, Z20
+	VMOVDQU64 wordsTop<>+0(SB), Z21
+	VPERMI2B  Z18, Z17, Z21
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z17
+	VPMULHUW    Z20, Z17, Z17
+	VPADDW      Z19, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z2, Z1
+	VPMULHUW Z20, Z2, Z2
+	VPADDW   Z17, Z1, Z1
+	VPCMPUW  $0x01, Z17, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z17
+	KMOVD     K2, R10
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z17, K2, Z1
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z17
+	VPMULHUW    Z21, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z21, Z4, Z3
+	VPMULHUW Z21, Z4, Z4
+	VPADDW   Z17, Z3, Z3
+	VPCMPUW  $0x01, Z17, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z16, K2, Z3
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1536(CX), Z17
+	VPERMT2B  1600(CX), Z15, Z17
+	VMOVDQU64 1664(CX), Z18
+	VPERMT2B  1728(CX), Z15, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVDQU16 Z15, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVDQU16 Z15, (DI)
+	ADDQ      $0x40, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z5, Z5, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z5, Z5, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z5, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z19
+	VPERMT2B  1216(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z19
+	VPERMI2B  Z18, Z17, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z17
+	VPMULHUW    Z19, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z6, Z5
+	VPMULHUW Z19, Z6, Z6
+	VPADDW   Z17, Z5, Z5
+	VPCMPUW  $0x01, Z17, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z16, K2, Z5
+	POPCNTL   R10, R10
+	LEAQ      (R8)(R10*2), R8
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1536(CX), Z17
+	VPERMT2B  1600(CX), Z15, Z17
+	VMOVDQU64 1664(CX), Z18
+	VPERMT2B  1728(CX), Z15, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVDQU16 Z15, (R9)
+	ADDQ      $0x40, R9
+	ADDQ      $0xc0, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	MOVQ      R8, 24(CX)
+	VMOVDQU16 Z5, 384(CX)
+	VMOVDQU16 Z6, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWords4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWords4(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       32(AX), R10
+	MOVQ       96(AX), R11
+	VMOVDQU16  512(AX), Z7
+	VMOVDQU16  576(AX), Z8
+	MOVQ       104(AX), R12
+	MOVQ       R12, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z9
+	VMOVDQU16  128(CX), Z10
+	VMOVDQU16  256(CX), Z11
+	VMOVDQU16  384(CX), Z12
+	VMOVDQU16  512(CX), Z13
+	VMOVDQU16  640(CX), Z14
+	VMOVDQU16  768(CX), Z15
+	VMOVDQU16  896(CX), Z16
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z3, Z1, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z3, Z1, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z1, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z3, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z2, Z1
+	VPMULHUW Z22, Z2, Z2
+	VPADDW   Z19, Z1, Z1
+	VPCMPUW  $0x01, Z19, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z19, K2, Z1
+	POPCNTL   R12, R12
+	LEAQ      (DX)(R12*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z4, Z3
+	VPMULHUW Z23, Z4, Z4
+	VPADDW   Z19, Z3, Z3
+	VPCMPUW  $0x01, Z19, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z18, K2, Z3
+	POPCNTL   R12, R12
+	LEAQ      (SI)(R12*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1536(CX), Z19
+	VPERMT2B  1600(CX), Z17, Z19
+	VMOVDQU64 1664(CX), Z20
+	VPERMT2B  1728(CX), Z17, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVDQU16 Z17, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVDQU16 Z17, (DI)
+	ADDQ      $0x40, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z7, Z5, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z7, Z5, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z5, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z7, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z6, Z5
+	VPMULHUW Z22, Z6, Z6
+	VPADDW   Z19, Z5, Z5
+	VPCMPUW  $0x01, Z19, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z19, K2, Z5
+	POPCNTL   R12, R12
+	LEAQ      (R8)(R12*2), R8
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z8, Z7
+	VPMULHUW Z23, Z8, Z8
+	VPADDW   Z19, Z7, Z7
+	VPCMPUW  $0x01, Z19, Z7, K2
+	VPSUBW   Z0, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (R10), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z18, K2, Z7
+	POPCNTL   R12, R12
+	LEAQ      (R10)(R12*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1536(CX), Z19
+	VPERMT2B  1600(CX), Z17, Z19
+	VMOVDQU64 1664(CX), Z20
+	VPERMT2B  1728(CX), Z17, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVDQU16 Z17, (R9)
+	ADDQ      $0x40, R9
+	VMOVDQU64 wordsTop<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVDQU16 Z17, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	MOVQ      R8, 24(CX)
+	VMOVDQU16 Z5, 384(CX)
+	VMOVDQU16 Z6, 448(CX)
+	MOVQ      R10, 32(CX)
+	VMOVDQU16 Z7, 512(CX)
+	VMOVDQU16 Z8, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrow1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrow1(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       104(AX), DI
+	MOVQ       DI, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z6
+	VMOVDQU16  128(CX), Z7
+	VMOVDQU16  256(CX), Z8
+	VMOVDQU16  384(CX), Z9
+	VMOVDQU16  512(CX), Z10
+	VMOVDQU16  640(CX), Z11
+	VMOVDQU16  768(CX), Z12
+	VMOVDQU16  896(CX), Z13
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z14
+	VPERMI2B  Z4, Z4, Z14
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z15
+	VPERMI2B   Z4, Z4, Z15
+	VPSLLW     $0x04, Z15, Z15
+	VPORD.BCST nibbles<>+0(SB), Z15, Z15
+	VPMOVB2M   Z14, K1
+	VMOVDQA64  Z14, Z16
+	VPERMI2B   576(CX), Z10, Z16
+	VMOVDQA64  Z14, Z17
+	VPERMI2B   704(CX), Z11, Z17
+	VMOVDQU8   Z17, K1, Z16
+	VPCMPUB    $0x05, Z16, Z15, K2
+	VMOVDQA64  Z14, Z15
+	VPERMI2B   320(CX), Z8, Z15
+	VMOVDQA64  Z14, Z17
+	VPERMI2B   448(CX), Z9, Z17
+	VMOVDQU8   Z17, K1, Z15
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z14, Z17
+	VPERMI2B  64(CX), Z6, Z17
+	VMOVDQA64 Z14, Z19
+	VPERMI2B  192(CX), Z7, Z19
+	VMOVDQU8  Z19, K1, Z17
+	VMOVDQU8  Z17, K2, Z14
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z17
+	VPERMI2B    Z16, Z15, Z17
+	VPSRLW      $0x08, Z4, Z15
+	VPANDD.BCST ranks<>+0(SB), Z15, Z15
+	VPADDW      Z17, Z15, K2, Z15
+	VPANDD.BCST slots<>+0(SB), Z15, Z15
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z14, K1
+	VMOVDQA64 Z14, Z16
+	VPERMI2B  832(CX), Z12, Z16
+	VMOVDQA64 Z14, Z17
+	VPERMI2B  960(CX), Z13, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1024(CX), Z17
+	VPERMT2B  1088(CX), Z14, Z17
+	VMOVDQU64 1152(CX), Z19
+	VPERMT2B  1216(CX), Z14, Z19
+	VMOVDQU8  Z19, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z19
+	VPERMI2B  Z17, Z16, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z16
+	VPMULHUW    Z19, Z16, Z16
+	VPADDW      Z15, Z16, Z16
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z5, Z4
+	VPMULHUW Z19, Z5, Z5
+	VPADDW   Z16, Z4, Z4
+	VPCMPUW  $0x01, Z16, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z15
+	KMOVD     K2, DI
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z15, K2, Z4
+	POPCNTL   DI, DI
+	LEAQ      (DX)(DI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z15
+	VPERMT2B  1344(CX), Z14, Z15
+	VMOVDQU64 1408(CX), Z16
+	VPERMT2B  1472(CX), Z14, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 1536(CX), Z16
+	VPERMT2B  1600(CX), Z14, Z16
+	VMOVDQU64 1664(CX), Z17
+	VPERMT2B  1728(CX), Z14, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 wordsLow<>+0(SB), Z14
+	VPERMI2B  Z16, Z15, Z14
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y18
+	VPERMB   Z18, Z0, Z18
+	VPSHRDVW Z1, Z18, Z18
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z18, Z14
+
+	// *dst = v; dst++
+	VMOVDQU16 Z14, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrow2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrow2(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       104(AX), R10
+	MOVQ       R10, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z8
+	VMOVDQU16  128(CX), Z9
+	VMOVDQU16  256(CX), Z10
+	VMOVDQU16  384(CX), Z11
+	VMOVDQU16  512(CX), Z12
+	VMOVDQU16  640(CX), Z13
+	VMOVDQU16  768(CX), Z14
+	VMOVDQU16  896(CX), Z15
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z16
+	VPERMI2B  Z6, Z4, Z16
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z17
+	VPERMI2B   Z6, Z4, Z17
+	VPSLLW     $0x04, Z17, Z17
+	VPORD.BCST nibbles<>+0(SB), Z17, Z17
+	VPMOVB2M   Z16, K1
+	VMOVDQA64  Z16, Z18
+	VPERMI2B   576(CX), Z12, Z18
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   704(CX), Z13, Z19
+	VMOVDQU8   Z19, K1, Z18
+	VPCMPUB    $0x05, Z18, Z17, K2
+	VMOVDQA64  Z16, Z17
+	VPERMI2B   320(CX), Z10, Z17
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   448(CX), Z11, Z19
+	VMOVDQU8   Z19, K1, Z17
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  64(CX), Z8, Z19
+	VMOVDQA64 Z16, Z22
+	VPERMI2B  192(CX), Z9, Z22
+	VMOVDQU8  Z22, K1, Z19
+	VMOVDQU8  Z19, K2, Z16
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z4, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	VPADDW      Z19, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+	VMOVDQU64   wordsTop<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z6, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z19, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z16, K1
+	VMOVDQA64 Z16, Z18
+	VPERMI2B  832(CX), Z14, Z18
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  960(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1024(CX), Z19
+	VPERMT2B  1088(CX), Z16, Z19
+	VMOVDQU64 1152(CX), Z23
+	VPERMT2B  1216(CX), Z16, Z23
+	VMOVDQU8  Z23, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z23
+	VPERMI2B  Z19, Z18, Z23
+	VMOVDQU64 wordsTop<>+0(SB), Z24
+	VPERMI2B  Z19, Z18, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z18
+	VPMULHUW    Z23, Z18, Z18
+	VPADDW      Z22, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z5, Z4
+	VPMULHUW Z23, Z5, Z5
+	VPADDW   Z18, Z4, Z4
+	VPCMPUW  $0x01, Z18, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z18
+	KMOVD     K2, R10
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z18, K2, Z4
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z18
+	VPMULHUW    Z24, Z18, Z18
+	VPADDW      Z17, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z7, Z6
+	VPMULHUW Z24, Z7, Z7
+	VPADDW   Z18, Z6, Z6
+	VPCMPUW  $0x01, Z18, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z17
+	KMOVD     K2, R10
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z17, K2, Z6
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z17
+	VPERMT2B  1344(CX), Z16, Z17
+	VMOVDQU64 1408(CX), Z18
+	VPERMT2B  1472(CX), Z16, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1536(CX), Z18
+	VPERMT2B  1600(CX), Z16, Z18
+	VMOVDQU64 1664(CX), Z19
+	VPERMT2B  1728(CX), Z16, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y20
+	VPERMB   Z20, Z0, Z20
+	VPSHRDVW Z1, Z20, Z20
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z20, Z16
+
+	// *dst = v; dst++
+	VMOVDQU16 Z16, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y21
+	VPERMB   Z21, Z0, Z21
+	VPSHRDVW Z1, Z21, Z21
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z21, Z16
+
+	// *dst = v; dst++
+	VMOVDQU16 Z16, (R8)
+	ADDQ      $0x40, R8
+	ADDQ      $0x80, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrow3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrow3(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z8
+	VMOVDQU16  448(AX), Z9
+	MOVQ       104(AX), R13
+	MOVQ       R13, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z10
+	VMOVDQU16  128(CX), Z11
+	VMOVDQU16  256(CX), Z12
+	VMOVDQU16  384(CX), Z13
+	VMOVDQU16  512(CX), Z14
+	VMOVDQU16  640(CX), Z15
+	VMOVDQU16  768(CX), Z16
+	VMOVDQU16  896(CX), Z17
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z6, Z4, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z6, Z4, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z25
+	VPERMI2B  192(CX), Z11, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z4, Z25
+	VPANDD.BCST ranks<>+0(SB), Z25, Z25
+	VPADDW      Z21, Z25, K2, Z25
+	VPANDD.BCST slots<>+0(SB), Z25, Z25
+	VMOVDQU64   wordsTop<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z6, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z26
+	VPERMT2B  1216(CX), Z18, Z26
+	VMOVDQU8  Z26, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z26
+	VPERMI2B  Z21, Z20, Z26
+	VMOVDQU64 wordsTop<>+0(SB), Z27
+	VPERMI2B  Z21, Z20, Z27
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z20
+	VPMULHUW    Z26, Z20, Z20
+	VPADDW      Z25, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z26, Z5, Z4
+	VPMULHUW Z26, Z5, Z5
+	VPADDW   Z20, Z4, Z4
+	VPCMPUW  $0x01, Z20, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z20
+	KMOVD     K2, R13
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z20, K2, Z4
+	POPCNTL   R13, R13
+	LEAQ      (DX)(R13*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z20
+	VPMULHUW    Z27, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z7, Z6
+	VPMULHUW Z27, Z7, Z7
+	VPADDW   Z20, Z6, Z6
+	VPCMPUW  $0x01, Z20, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z19
+	KMOVD     K2, R13
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z19, K2, Z6
+	POPCNTL   R13, R13
+	LEAQ      (DI)(R13*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y22
+	VPERMB   Z22, Z0, Z22
+	VPSHRDVW Z1, Z22, Z22
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z22, Z18
+
+	// *dst = v; dst++
+	VMOVDQU16 Z18, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y23
+	VPERMB   Z23, Z0, Z23
+	VPSHRDVW Z1, Z23, Z23
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z23, Z18
+
+	// *dst = v; dst++
+	VMOVDQU16 Z18, (R8)
+	ADDQ      $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z8, Z8, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z8, Z8, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z25
+	VPERMI2B  192(CX), Z11, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z8, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z25
+	VPERMT2B  1216(CX), Z18, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z25
+	VPERMI2B  Z21, Z20, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z20
+	VPMULHUW    Z25, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z25, Z9, Z8
+	VPMULHUW Z25, Z9, Z9
+	VPADDW   Z20, Z8, Z8
+	VPCMPUW  $0x01, Z20, Z8, K2
+	VPSUBW   Z3, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (R10), Z19
+	KMOVD     K2, R13
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z19, K2, Z8
+	POPCNTL   R13, R13
+	LEAQ      (R10)(R13*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y24
+	VPERMB   Z24, Z0, Z24
+	VPSHRDVW Z1, Z24, Z24
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z24, Z18
+
+	// *dst = v; dst++
+	VMOVDQU16 Z18, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z8, 384(CX)
+	VMOVDQU16 Z9, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrow4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrow4(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z8
+	VMOVDQU16  448(AX), Z9
+	MOVQ       32(AX), R13
+	MOVQ       96(AX), R14
+	MOVQ       64(AX), R15
+	VMOVDQU16  512(AX), Z10
+	VMOVDQU16  576(AX), Z11
+	MOVQ       104(AX), BP
+	MOVQ       BP, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z12
+	VMOVDQU16  128(CX), Z13
+	VMOVDQU16  256(CX), Z14
+	VMOVDQU16  384(CX), Z15
+	VMOVDQU16  512(CX), Z16
+	VMOVDQU16  640(CX), Z17
+	VMOVDQU16  768(CX), Z18
+	VMOVDQU16  896(CX), Z19
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z6, Z4, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z6, Z4, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z28
+	VPERMI2B  192(CX), Z13, Z28
+	VMOVDQU8  Z28, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z4, Z28
+	VPANDD.BCST ranks<>+0(SB), Z28, Z28
+	VPADDW      Z23, Z28, K2, Z28
+	VPANDD.BCST slots<>+0(SB), Z28, Z28
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z6, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z29
+	VPERMT2B  1216(CX), Z20, Z29
+	VMOVDQU8  Z29, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z29
+	VPERMI2B  Z23, Z22, Z29
+	VMOVDQU64 wordsTop<>+0(SB), Z30
+	VPERMI2B  Z23, Z22, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z22
+	VPMULHUW    Z29, Z22, Z22
+	VPADDW      Z28, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z29, Z5, Z4
+	VPMULHUW Z29, Z5, Z5
+	VPADDW   Z22, Z4, Z4
+	VPCMPUW  $0x01, Z22, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z22, K2, Z4
+	POPCNTL   BP, BP
+	LEAQ      (DX)(BP*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z22
+	VPMULHUW    Z30, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z7, Z6
+	VPMULHUW Z30, Z7, Z7
+	VPADDW   Z22, Z6, Z6
+	VPCMPUW  $0x01, Z22, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z21
+	KMOVD     K2, BP
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z21, K2, Z6
+	POPCNTL   BP, BP
+	LEAQ      (DI)(BP*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y24
+	VPERMB   Z24, Z0, Z24
+	VPSHRDVW Z1, Z24, Z24
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z24, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y25
+	VPERMB   Z25, Z0, Z25
+	VPSHRDVW Z1, Z25, Z25
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z25, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (R8)
+	ADDQ      $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z10, Z8, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z10, Z8, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z28
+	VPERMI2B  192(CX), Z13, Z28
+	VMOVDQU8  Z28, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z8, Z28
+	VPANDD.BCST ranks<>+0(SB), Z28, Z28
+	VPADDW      Z23, Z28, K2, Z28
+	VPANDD.BCST slots<>+0(SB), Z28, Z28
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z10, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z29
+	VPERMT2B  1216(CX), Z20, Z29
+	VMOVDQU8  Z29, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z29
+	VPERMI2B  Z23, Z22, Z29
+	VMOVDQU64 wordsTop<>+0(SB), Z30
+	VPERMI2B  Z23, Z22, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z22
+	VPMULHUW    Z29, Z22, Z22
+	VPADDW      Z28, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z29, Z9, Z8
+	VPMULHUW Z29, Z9, Z9
+	VPADDW   Z22, Z8, Z8
+	VPCMPUW  $0x01, Z22, Z8, K2
+	VPSUBW   Z3, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (R10), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z22, K2, Z8
+	POPCNTL   BP, BP
+	LEAQ      (R10)(BP*2), R10
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z22
+	VPMULHUW    Z30, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z11, Z10
+	VPMULHUW Z30, Z11, Z11
+	VPADDW   Z22, Z10, Z10
+	VPCMPUW  $0x01, Z22, Z10, K2
+	VPSUBW   Z3, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R13), Z21
+	KMOVD     K2, BP
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z21, K2, Z10
+	POPCNTL   BP, BP
+	LEAQ      (R13)(BP*2), R13
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y26
+	VPERMB   Z26, Z0, Z26
+	VPSHRDVW Z1, Z26, Z26
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z26, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (R11)
+	ADDQ      $0x40, R11
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R15), Y27
+	VPERMB   Z27, Z0, Z27
+	VPSHRDVW Z1, Z27, Z27
+	ADDQ     (SP), R15
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z27, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (R14)
+	ADDQ      $0x40, R14
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z8, 384(CX)
+	VMOVDQU16 Z9, 448(CX)
+	MOVQ      R13, 32(CX)
+	VMOVDQU16 Z10, 512(CX)
+	VMOVDQU16 Z11, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWide1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWide1(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       104(AX), DI
+	MOVQ       DI, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z8
+	VMOVDQU16  128(CX), Z9
+	VMOVDQU16  256(CX), Z10
+	VMOVDQU16  384(CX), Z11
+	VMOVDQU16  512(CX), Z12
+	VMOVDQU16  640(CX), Z13
+	VMOVDQU16  768(CX), Z14
+	VMOVDQU16  896(CX), Z15
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z16
+	VPERMI2B  Z6, Z6, Z16
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z17
+	VPERMI2B   Z6, Z6, Z17
+	VPSLLW     $0x04, Z17, Z17
+	VPORD.BCST nibbles<>+0(SB), Z17, Z17
+	VPMOVB2M   Z16, K1
+	VMOVDQA64  Z16, Z18
+	VPERMI2B   576(CX), Z12, Z18
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   704(CX), Z13, Z19
+	VMOVDQU8   Z19, K1, Z18
+	VPCMPUB    $0x05, Z18, Z17, K2
+	VMOVDQA64  Z16, Z17
+	VPERMI2B   320(CX), Z10, Z17
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   448(CX), Z11, Z19
+	VMOVDQU8   Z19, K1, Z17
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  64(CX), Z8, Z19
+	VMOVDQA64 Z16, Z20
+	VPERMI2B  192(CX), Z9, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU8  Z19, K2, Z16
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z6, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	VPADDW      Z19, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z16, K1
+	VMOVDQA64 Z16, Z18
+	VPERMI2B  832(CX), Z14, Z18
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  960(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1024(CX), Z19
+	VPERMT2B  1088(CX), Z16, Z19
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z19, Z18, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z18
+	VPMULHUW    Z20, Z18, Z18
+	VPADDW      Z17, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z7, Z6
+	VPMULHUW Z20, Z7, Z7
+	VPADDW   Z18, Z6, Z6
+	VPCMPUW  $0x01, Z18, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z17
+	KMOVD     K2, DI
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z17, K2, Z6
+	POPCNTL   DI, DI
+	LEAQ      (DX)(DI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z17
+	VPERMT2B  1344(CX), Z16, Z17
+	VMOVDQU64 1408(CX), Z18
+	VPERMT2B  1472(CX), Z16, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1536(CX), Z18
+	VPERMT2B  1600(CX), Z16, Z18
+	VMOVDQU64 1664(CX), Z19
+	VPERMT2B  1728(CX), Z16, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z17
+	VPERMB     (SI), Z3, Z18
+	VPSHRDVW   Z1, Z18, Z17
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z17, Z16
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z16, Z16
+
+	// *dst = v; dst++
+	VMOVDQU16 Z16, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWide2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWide2(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       104(AX), R10
+	MOVQ       R10, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z10
+	VMOVDQU16  128(CX), Z11
+	VMOVDQU16  256(CX), Z12
+	VMOVDQU16  384(CX), Z13
+	VMOVDQU16  512(CX), Z14
+	VMOVDQU16  640(CX), Z15
+	VMOVDQU16  768(CX), Z16
+	VMOVDQU16  896(CX), Z17
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z8, Z6, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z8, Z6, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z22
+	VPERMI2B  192(CX), Z11, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z6, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	VPADDW      Z21, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+	VMOVDQU64   wordsTop<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z8, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z23
+	VPERMT2B  1216(CX), Z18, Z23
+	VMOVDQU8  Z23, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z23
+	VPERMI2B  Z21, Z20, Z23
+	VMOVDQU64 wordsTop<>+0(SB), Z24
+	VPERMI2B  Z21, Z20, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z20
+	VPMULHUW    Z23, Z20, Z20
+	VPADDW      Z22, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z7, Z6
+	VPMULHUW Z23, Z7, Z7
+	VPADDW   Z20, Z6, Z6
+	VPCMPUW  $0x01, Z20, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z20
+	KMOVD     K2, R10
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z20, K2, Z6
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z20
+	VPMULHUW    Z24, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z9, Z8
+	VPMULHUW Z24, Z9, Z9
+	VPADDW   Z20, Z8, Z8
+	VPCMPUW  $0x01, Z20, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z19
+	KMOVD     K2, R10
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z19, K2, Z8
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z21
+	VPERMB     (SI), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z21, Z18
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z18, Z18
+
+	// *dst = v; dst++
+	VMOVDQU16 Z18, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z19
+	VPERMB     (R9), Z3, Z20
+	VPSHRDVW   Z1, Z20, Z19
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z19, Z18
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z18, Z18
+
+	// *dst = v; dst++
+	VMOVDQU16 Z18, (R8)
+	ADDQ      $0x40, R8
+	ADDQ      $0x80, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWide3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWide3(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z10
+	VMOVDQU16  448(AX), Z11
+	MOVQ       104(AX), R13
+	MOVQ       R13, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z12
+	VMOVDQU16  128(CX), Z13
+	VMOVDQU16  256(CX), Z14
+	VMOVDQU16  384(CX), Z15
+	VMOVDQU16  512(CX), Z16
+	VMOVDQU16  640(CX), Z17
+	VMOVDQU16  768(CX), Z18
+	VMOVDQU16  896(CX), Z19
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z8, Z6, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z8, Z6, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z24
+	VPERMI2B  192(CX), Z13, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z6, Z24
+	VPANDD.BCST ranks<>+0(SB), Z24, Z24
+	VPADDW      Z23, Z24, K2, Z24
+	VPANDD.BCST slots<>+0(SB), Z24, Z24
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z8, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z25
+	VPERMT2B  1216(CX), Z20, Z25
+	VMOVDQU8  Z25, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z25
+	VPERMI2B  Z23, Z22, Z25
+	VMOVDQU64 wordsTop<>+0(SB), Z26
+	VPERMI2B  Z23, Z22, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z22
+	VPMULHUW    Z25, Z22, Z22
+	VPADDW      Z24, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z25, Z7, Z6
+	VPMULHUW Z25, Z7, Z7
+	VPADDW   Z22, Z6, Z6
+	VPCMPUW  $0x01, Z22, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z22
+	KMOVD     K2, R13
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z22, K2, Z6
+	POPCNTL   R13, R13
+	LEAQ      (DX)(R13*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z22
+	VPMULHUW    Z26, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z26, Z9, Z8
+	VPMULHUW Z26, Z9, Z9
+	VPADDW   Z22, Z8, Z8
+	VPCMPUW  $0x01, Z22, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z21
+	KMOVD     K2, R13
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z21, K2, Z8
+	POPCNTL   R13, R13
+	LEAQ      (DI)(R13*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z23
+	VPERMB     (SI), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z23, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z21
+	VPERMB     (R9), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z21, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (R8)
+	ADDQ      $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z10, Z10, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z10, Z10, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z24
+	VPERMI2B  192(CX), Z13, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z10, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z24
+	VPERMT2B  1216(CX), Z20, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z24
+	VPERMI2B  Z23, Z22, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z22
+	VPMULHUW    Z24, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z11, Z10
+	VPMULHUW Z24, Z11, Z11
+	VPADDW   Z22, Z10, Z10
+	VPCMPUW  $0x01, Z22, Z10, K2
+	VPSUBW   Z5, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R10), Z21
+	KMOVD     K2, R13
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z21, K2, Z10
+	POPCNTL   R13, R13
+	LEAQ      (R10)(R13*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R12), Z0, Z21
+	VPERMB     (R12), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), R12
+	VPTERNLOGD $0xf8, Z2, Z21, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVDQU16 Z20, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z10, 384(CX)
+	VMOVDQU16 Z11, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWide4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWide4(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z10
+	VMOVDQU16  448(AX), Z11
+	MOVQ       32(AX), R13
+	MOVQ       96(AX), R14
+	MOVQ       64(AX), R15
+	VMOVDQU16  512(AX), Z12
+	VMOVDQU16  576(AX), Z13
+	MOVQ       104(AX), BP
+	MOVQ       BP, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z14
+	VMOVDQU16  128(CX), Z15
+	VMOVDQU16  256(CX), Z16
+	VMOVDQU16  384(CX), Z17
+	VMOVDQU16  512(CX), Z18
+	VMOVDQU16  640(CX), Z19
+	VMOVDQU16  768(CX), Z20
+	VMOVDQU16  896(CX), Z21
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z22
+	VPERMI2B  Z8, Z6, Z22
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z23
+	VPERMI2B   Z8, Z6, Z23
+	VPSLLW     $0x04, Z23, Z23
+	VPORD.BCST nibbles<>+0(SB), Z23, Z23
+	VPMOVB2M   Z22, K1
+	VMOVDQA64  Z22, Z24
+	VPERMI2B   576(CX), Z18, Z24
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   704(CX), Z19, Z25
+	VMOVDQU8   Z25, K1, Z24
+	VPCMPUB    $0x05, Z24, Z23, K2
+	VMOVDQA64  Z22, Z23
+	VPERMI2B   320(CX), Z16, Z23
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   448(CX), Z17, Z25
+	VMOVDQU8   Z25, K1, Z23
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  64(CX), Z14, Z25
+	VMOVDQA64 Z22, Z26
+	VPERMI2B  192(CX), Z15, Z26
+	VMOVDQU8  Z26, K1, Z25
+	VMOVDQU8  Z25, K2, Z22
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z6, Z26
+	VPANDD.BCST ranks<>+0(SB), Z26, Z26
+	VPADDW      Z25, Z26, K2, Z26
+	VPANDD.BCST slots<>+0(SB), Z26, Z26
+	VMOVDQU64   wordsTop<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z8, Z23
+	VPANDD.BCST ranks<>+0(SB), Z23, Z23
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z25, Z23, K2, Z23
+	VPANDD.BCST slots<>+0(SB), Z23, Z23
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z22, K1
+	VMOVDQA64 Z22, Z24
+	VPERMI2B  832(CX), Z20, Z24
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  960(CX), Z21, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 1024(CX), Z25
+	VPERMT2B  1088(CX), Z22, Z25
+	VMOVDQU64 1152(CX), Z27
+	VPERMT2B  1216(CX), Z22, Z27
+	VMOVDQU8  Z27, K1, Z25
+	VMOVDQU64 wordsLow<>+0(SB), Z27
+	VPERMI2B  Z25, Z24, Z27
+	VMOVDQU64 wordsTop<>+0(SB), Z28
+	VPERMI2B  Z25, Z24, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z24
+	VPMULHUW    Z27, Z24, Z24
+	VPADDW      Z26, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z7, Z6
+	VPMULHUW Z27, Z7, Z7
+	VPADDW   Z24, Z6, Z6
+	VPCMPUW  $0x01, Z24, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z24
+	KMOVD     K2, BP
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z24, K2, Z6
+	POPCNTL   BP, BP
+	LEAQ      (DX)(BP*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z24
+	VPMULHUW    Z28, Z24, Z24
+	VPADDW      Z23, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z28, Z9, Z8
+	VPMULHUW Z28, Z9, Z9
+	VPADDW   Z24, Z8, Z8
+	VPCMPUW  $0x01, Z24, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z23, K2, Z8
+	POPCNTL   BP, BP
+	LEAQ      (DI)(BP*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z23
+	VPERMT2B  1344(CX), Z22, Z23
+	VMOVDQU64 1408(CX), Z24
+	VPERMT2B  1472(CX), Z22, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1536(CX), Z24
+	VPERMT2B  1600(CX), Z22, Z24
+	VMOVDQU64 1664(CX), Z25
+	VPERMT2B  1728(CX), Z22, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z25
+	VPERMB     (SI), Z3, Z26
+	VPSHRDVW   Z1, Z26, Z25
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z25, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVDQU16 Z22, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z23
+	VPERMB     (R9), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z23, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVDQU16 Z22, (R8)
+	ADDQ      $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z22
+	VPERMI2B  Z12, Z10, Z22
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z23
+	VPERMI2B   Z12, Z10, Z23
+	VPSLLW     $0x04, Z23, Z23
+	VPORD.BCST nibbles<>+0(SB), Z23, Z23
+	VPMOVB2M   Z22, K1
+	VMOVDQA64  Z22, Z24
+	VPERMI2B   576(CX), Z18, Z24
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   704(CX), Z19, Z25
+	VMOVDQU8   Z25, K1, Z24
+	VPCMPUB    $0x05, Z24, Z23, K2
+	VMOVDQA64  Z22, Z23
+	VPERMI2B   320(CX), Z16, Z23
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   448(CX), Z17, Z25
+	VMOVDQU8   Z25, K1, Z23
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  64(CX), Z14, Z25
+	VMOVDQA64 Z22, Z26
+	VPERMI2B  192(CX), Z15, Z26
+	VMOVDQU8  Z26, K1, Z25
+	VMOVDQU8  Z25, K2, Z22
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z10, Z26
+	VPANDD.BCST ranks<>+0(SB), Z26, Z26
+	VPADDW      Z25, Z26, K2, Z26
+	VPANDD.BCST slots<>+0(SB), Z26, Z26
+	VMOVDQU64   wordsTop<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z12, Z23
+	VPANDD.BCST ranks<>+0(SB), Z23, Z23
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z25, Z23, K2, Z23
+	VPANDD.BCST slots<>+0(SB), Z23, Z23
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z22, K1
+	VMOVDQA64 Z22, Z24
+	VPERMI2B  832(CX), Z20, Z24
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  960(CX), Z21, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 1024(CX), Z25
+	VPERMT2B  1088(CX), Z22, Z25
+	VMOVDQU64 1152(CX), Z27
+	VPERMT2B  1216(CX), Z22, Z27
+	VMOVDQU8  Z27, K1, Z25
+	VMOVDQU64 wordsLow<>+0(SB), Z27
+	VPERMI2B  Z25, Z24, Z27
+	VMOVDQU64 wordsTop<>+0(SB), Z28
+	VPERMI2B  Z25, Z24, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z24
+	VPMULHUW    Z27, Z24, Z24
+	VPADDW      Z26, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z11, Z10
+	VPMULHUW Z27, Z11, Z11
+	VPADDW   Z24, Z10, Z10
+	VPCMPUW  $0x01, Z24, Z10, K2
+	VPSUBW   Z5, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R10), Z24
+	KMOVD     K2, BP
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z24, K2, Z10
+	POPCNTL   BP, BP
+	LEAQ      (R10)(BP*2), R10
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z24
+	VPMULHUW    Z28, Z24, Z24
+	VPADDW      Z23, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z28, Z13, Z12
+	VPMULHUW Z28, Z13, Z13
+	VPADDW   Z24, Z12, Z12
+	VPCMPUW  $0x01, Z24, Z12, K2
+	VPSUBW   Z5, Z13, K2, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K2
+	VMOVDQU16 (R13), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z12, K2, Z13
+	VPEXPANDW Z23, K2, Z12
+	POPCNTL   BP, BP
+	LEAQ      (R13)(BP*2), R13
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z23
+	VPERMT2B  1344(CX), Z22, Z23
+	VMOVDQU64 1408(CX), Z24
+	VPERMT2B  1472(CX), Z22, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1536(CX), Z24
+	VPERMT2B  1600(CX), Z22, Z24
+	VMOVDQU64 1664(CX), Z25
+	VPERMT2B  1728(CX), Z22, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R12), Z0, Z25
+	VPERMB     (R12), Z3, Z26
+	VPSHRDVW   Z1, Z26, Z25
+	ADDQ       (SP), R12
+	VPTERNLOGD $0xf8, Z2, Z25, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVDQU16 Z22, (R11)
+	ADDQ      $0x40, R11
+	VMOVDQU64 wordsTop<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R15), Z0, Z23
+	VPERMB     (R15), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), R15
+	VPTERNLOGD $0xf8, Z2, Z23, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVDQU16 Z22, (R14)
+	ADDQ      $0x40, R14
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z10, 384(CX)
+	VMOVDQU16 Z11, 448(CX)
+	MOVQ      R13, 32(CX)
+	VMOVDQU16 Z12, 512(CX)
+	VMOVDQU16 Z13, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytes1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytes1(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       104(AX), SI
+	MOVQ       SI, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z3
+	VMOVDQU16  128(CX), Z4
+	VMOVDQU16  256(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  512(CX), Z7
+	VMOVDQU16  640(CX), Z8
+	VMOVDQU16  768(CX), Z9
+	VMOVDQU16  896(CX), Z10
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z11
+	VPERMI2B  Z1, Z1, Z11
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z12
+	VPERMI2B   Z1, Z1, Z12
+	VPSLLW     $0x04, Z12, Z12
+	VPORD.BCST nibbles<>+0(SB), Z12, Z12
+	VPMOVB2M   Z11, K1
+	VMOVDQA64  Z11, Z13
+	VPERMI2B   576(CX), Z7, Z13
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   704(CX), Z8, Z14
+	VMOVDQU8   Z14, K1, Z13
+	VPCMPUB    $0x05, Z13, Z12, K2
+	VMOVDQA64  Z11, Z12
+	VPERMI2B   320(CX), Z5, Z12
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   448(CX), Z6, Z14
+	VMOVDQU8   Z14, K1, Z12
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  64(CX), Z3, Z14
+	VMOVDQA64 Z11, Z15
+	VPERMI2B  192(CX), Z4, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU8  Z14, K2, Z11
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z14
+	VPERMI2B    Z13, Z12, Z14
+	VPSRLW      $0x08, Z1, Z12
+	VPANDD.BCST ranks<>+0(SB), Z12, Z12
+	VPADDW      Z14, Z12, K2, Z12
+	VPANDD.BCST slots<>+0(SB), Z12, Z12
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z11, K1
+	VMOVDQA64 Z11, Z13
+	VPERMI2B  832(CX), Z9, Z13
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  960(CX), Z10, Z14
+	VMOVDQU8  Z14, K1, Z13
+	VMOVDQU64 1024(CX), Z14
+	VPERMT2B  1088(CX), Z11, Z14
+	VMOVDQU64 1152(CX), Z15
+	VPERMT2B  1216(CX), Z11, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z14, Z13, Z15
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z13
+	VPMULHUW    Z15, Z13, Z13
+	VPADDW      Z12, Z13, Z13
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z2, Z1
+	VPMULHUW Z15, Z2, Z2
+	VPADDW   Z13, Z1, Z1
+	VPCMPUW  $0x01, Z13, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z12
+	KMOVD     K2, SI
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z12, K2, Z1
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z12
+	VPERMT2B  1344(CX), Z11, Z12
+	VMOVDQU64 1408(CX), Z13
+	VPERMT2B  1472(CX), Z11, Z13
+	VMOVDQU8  Z13, K1, Z12
+
+	// *dst = v; dst++
+	VMOVDQU8  Y12, (BX)
+	ADDQ      $0x20, BX
+	ADDQ      $0x40, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytes2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytes2(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       104(AX), R8
+	MOVQ       R8, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z5
+	VMOVDQU16  128(CX), Z6
+	VMOVDQU16  256(CX), Z7
+	VMOVDQU16  384(CX), Z8
+	VMOVDQU16  512(CX), Z9
+	VMOVDQU16  640(CX), Z10
+	VMOVDQU16  768(CX), Z11
+	VMOVDQU16  896(CX), Z12
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z13
+	VPERMI2B  Z3, Z1, Z13
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z14
+	VPERMI2B   Z3, Z1, Z14
+	VPSLLW     $0x04, Z14, Z14
+	VPORD.BCST nibbles<>+0(SB), Z14, Z14
+	VPMOVB2M   Z13, K1
+	VMOVDQA64  Z13, Z15
+	VPERMI2B   576(CX), Z9, Z15
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   704(CX), Z10, Z16
+	VMOVDQU8   Z16, K1, Z15
+	VPCMPUB    $0x05, Z15, Z14, K2
+	VMOVDQA64  Z13, Z14
+	VPERMI2B   320(CX), Z7, Z14
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   448(CX), Z8, Z16
+	VMOVDQU8   Z16, K1, Z14
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  64(CX), Z5, Z16
+	VMOVDQA64 Z13, Z17
+	VPERMI2B  192(CX), Z6, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU8  Z16, K2, Z13
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z1, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	VPADDW      Z16, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+	VMOVDQU64   wordsTop<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z3, Z14
+	VPANDD.BCST ranks<>+0(SB), Z14, Z14
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z16, Z14, K2, Z14
+	VPANDD.BCST slots<>+0(SB), Z14, Z14
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z13, K1
+	VMOVDQA64 Z13, Z15
+	VPERMI2B  832(CX), Z11, Z15
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  960(CX), Z12, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 1024(CX), Z16
+	VPERMT2B  1088(CX), Z13, Z16
+	VMOVDQU64 1152(CX), Z18
+	VPERMT2B  1216(CX), Z13, Z18
+	VMOVDQU8  Z18, K1, Z16
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z16, Z15, Z18
+	VMOVDQU64 wordsTop<>+0(SB), Z19
+	VPERMI2B  Z16, Z15, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z15
+	VPMULHUW    Z18, Z15, Z15
+	VPADDW      Z17, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z2, Z1
+	VPMULHUW Z18, Z2, Z2
+	VPADDW   Z15, Z1, Z1
+	VPCMPUW  $0x01, Z15, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z15
+	KMOVD     K2, R8
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z15, K2, Z1
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z15
+	VPMULHUW    Z19, Z15, Z15
+	VPADDW      Z14, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z4, Z3
+	VPMULHUW Z19, Z4, Z4
+	VPADDW   Z15, Z3, Z3
+	VPCMPUW  $0x01, Z15, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z14
+	KMOVD     K2, R8
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z14, K2, Z3
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z14
+	VPERMT2B  1344(CX), Z13, Z14
+	VMOVDQU64 1408(CX), Z15
+	VPERMT2B  1472(CX), Z13, Z15
+	VMOVDQU8  Z15, K1, Z14
+
+	// *dst = v; dst++
+	VMOVDQU8      Y14, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z14, (DI)
+	ADDQ          $0x20, DI
+	ADDQ          $0x80, AX
+	DECQ          (SP)
+	JNZ           turn
+	MOVQ          a+0(FP), CX
+	MOVQ          AX, 120(CX)
+	MOVQ          DX, 8(CX)
+	VMOVDQU16     Z1, 128(CX)
+	VMOVDQU16     Z2, 192(CX)
+	MOVQ          SI, 16(CX)
+	VMOVDQU16     Z3, 256(CX)
+	VMOVDQU16     Z4, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytes3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytes3(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       104(AX), R10
+	MOVQ       R10, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z7
+	VMOVDQU16  128(CX), Z8
+	VMOVDQU16  256(CX), Z9
+	VMOVDQU16  384(CX), Z10
+	VMOVDQU16  512(CX), Z11
+	VMOVDQU16  640(CX), Z12
+	VMOVDQU16  768(CX), Z13
+	VMOVDQU16  896(CX), Z14
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z3, Z1, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z3, Z1, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z1, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	VPADDW      Z18, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+	VMOVDQU64   wordsTop<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z3, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z15, Z20
+	VMOVDQU8  Z20, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z18, Z17, Z20
+	VMOVDQU64 wordsTop<>+0(SB), Z21
+	VPERMI2B  Z18, Z17, Z21
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z17
+	VPMULHUW    Z20, Z17, Z17
+	VPADDW      Z19, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z2, Z1
+	VPMULHUW Z20, Z2, Z2
+	VPADDW   Z17, Z1, Z1
+	VPCMPUW  $0x01, Z17, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z17
+	KMOVD     K2, R10
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z17, K2, Z1
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z17
+	VPMULHUW    Z21, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z21, Z4, Z3
+	VPMULHUW Z21, Z4, Z4
+	VPADDW   Z17, Z3, Z3
+	VPCMPUW  $0x01, Z17, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z16, K2, Z3
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+
+	// *dst = v; dst++
+	VMOVDQU8      Y16, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z16, (DI)
+	ADDQ          $0x20, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z5, Z5, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z5, Z5, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z5, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z19
+	VPERMT2B  1216(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z19
+	VPERMI2B  Z18, Z17, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z17
+	VPMULHUW    Z19, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z6, Z5
+	VPMULHUW Z19, Z6, Z6
+	VPADDW   Z17, Z5, Z5
+	VPCMPUW  $0x01, Z17, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z16, K2, Z5
+	POPCNTL   R10, R10
+	LEAQ      (R8)(R10*2), R8
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+
+	// *dst = v; dst++
+	VMOVDQU8  Y16, (R9)
+	ADDQ      $0x20, R9
+	ADDQ      $0xc0, AX
+	DECQ      (SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	MOVQ      R8, 24(CX)
+	VMOVDQU16 Z5, 384(CX)
+	VMOVDQU16 Z6, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytes4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytes4(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       32(AX), R10
+	MOVQ       96(AX), R11
+	VMOVDQU16  512(AX), Z7
+	VMOVDQU16  576(AX), Z8
+	MOVQ       104(AX), R12
+	MOVQ       R12, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z9
+	VMOVDQU16  128(CX), Z10
+	VMOVDQU16  256(CX), Z11
+	VMOVDQU16  384(CX), Z12
+	VMOVDQU16  512(CX), Z13
+	VMOVDQU16  640(CX), Z14
+	VMOVDQU16  768(CX), Z15
+	VMOVDQU16  896(CX), Z16
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z3, Z1, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z3, Z1, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z1, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z3, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z2, Z1
+	VPMULHUW Z22, Z2, Z2
+	VPADDW   Z19, Z1, Z1
+	VPCMPUW  $0x01, Z19, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z19, K2, Z1
+	POPCNTL   R12, R12
+	LEAQ      (DX)(R12*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z4, Z3
+	VPMULHUW Z23, Z4, Z4
+	VPADDW   Z19, Z3, Z3
+	VPCMPUW  $0x01, Z19, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z18, K2, Z3
+	POPCNTL   R12, R12
+	LEAQ      (SI)(R12*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+
+	// *dst = v; dst++
+	VMOVDQU8      Y18, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z18, (DI)
+	ADDQ          $0x20, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z7, Z5, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z7, Z5, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z5, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z7, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z6, Z5
+	VPMULHUW Z22, Z6, Z6
+	VPADDW   Z19, Z5, Z5
+	VPCMPUW  $0x01, Z19, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z19, K2, Z5
+	POPCNTL   R12, R12
+	LEAQ      (R8)(R12*2), R8
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z8, Z7
+	VPMULHUW Z23, Z8, Z8
+	VPADDW   Z19, Z7, Z7
+	VPCMPUW  $0x01, Z19, Z7, K2
+	VPSUBW   Z0, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (R10), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z18, K2, Z7
+	POPCNTL   R12, R12
+	LEAQ      (R10)(R12*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+
+	// *dst = v; dst++
+	VMOVDQU8      Y18, (R9)
+	ADDQ          $0x20, R9
+	VEXTRACTI64X4 $0x01, Z18, (R11)
+	ADDQ          $0x20, R11
+	ADDQ          $0xc0, AX
+	DECQ          (SP)
+	JNZ           turn
+	MOVQ          a+0(FP), CX
+	MOVQ          AX, 120(CX)
+	MOVQ          DX, 8(CX)
+	VMOVDQU16     Z1, 128(CX)
+	VMOVDQU16     Z2, 192(CX)
+	MOVQ          SI, 16(CX)
+	VMOVDQU16     Z3, 256(CX)
+	VMOVDQU16     Z4, 320(CX)
+	MOVQ          R8, 24(CX)
+	VMOVDQU16     Z5, 384(CX)
+	VMOVDQU16     Z6, 448(CX)
+	MOVQ          R10, 32(CX)
+	VMOVDQU16     Z7, 512(CX)
+	VMOVDQU16     Z8, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytesNarrow1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytesNarrow1(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  2112(CX), Z3
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z4, Z4, Z4
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z5
+	VMOVDQU16  192(AX), Z6
+	MOVQ       104(AX), DI
+	MOVQ       DI, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z7
+	VMOVDQU16  128(CX), Z8
+	VMOVDQU16  256(CX), Z9
+	VMOVDQU16  384(CX), Z10
+	VMOVDQU16  512(CX), Z11
+	VMOVDQU16  640(CX), Z12
+	VMOVDQU16  768(CX), Z13
+	VMOVDQU16  896(CX), Z14
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z5, Z5, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z5, Z5, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z20
+	VPERMI2B  192(CX), Z8, Z20
+	VMOVDQU8  Z20, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z5, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z15, Z20
+	VMOVDQU8  Z20, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z18, Z17, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z17
+	VPMULHUW    Z20, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z6, Z5
+	VPMULHUW Z20, Z6, Z6
+	VPADDW   Z17, Z5, Z5
+	VPCMPUW  $0x01, Z17, Z5, K2
+	VPSUBW   Z4, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (DX), Z16
+	KMOVD     K2, DI
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z16, K2, Z5
+	POPCNTL   DI, DI
+	LEAQ      (DX)(DI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VPMOVZXBW Y16, Z15
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y19
+	VPERMB   Z19, Z0, Z19
+	VPSHRDVW Z1, Z19, Z19
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z19, Z15
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z19, Z19
+	VPTERNLOGD $0xf8, Z3, Z19, Z15
+
+	// *dst = v; dst++
+	VPMOVWB   Z15, (BX)
+	ADDQ      $0x20, BX
+	ADDQ      $0x40, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z5, 128(CX)
+	VMOVDQU16 Z6, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytesNarrow2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytesNarrow2(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  2112(CX), Z3
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z4, Z4, Z4
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z5
+	VMOVDQU16  192(AX), Z6
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z7
+	VMOVDQU16  320(AX), Z8
+	MOVQ       104(AX), R10
+	MOVQ       R10, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z9
+	VMOVDQU16  128(CX), Z10
+	VMOVDQU16  256(CX), Z11
+	VMOVDQU16  384(CX), Z12
+	VMOVDQU16  512(CX), Z13
+	VMOVDQU16  640(CX), Z14
+	VMOVDQU16  768(CX), Z15
+	VMOVDQU16  896(CX), Z16
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z7, Z5, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z7, Z5, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z23
+	VPERMI2B  192(CX), Z10, Z23
+	VMOVDQU8  Z23, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z5, Z23
+	VPANDD.BCST ranks<>+0(SB), Z23, Z23
+	VPADDW      Z20, Z23, K2, Z23
+	VPANDD.BCST slots<>+0(SB), Z23, Z23
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z7, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z24
+	VPERMT2B  1216(CX), Z17, Z24
+	VMOVDQU8  Z24, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z24
+	VPERMI2B  Z20, Z19, Z24
+	VMOVDQU64 wordsTop<>+0(SB), Z25
+	VPERMI2B  Z20, Z19, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z19
+	VPMULHUW    Z24, Z19, Z19
+	VPADDW      Z23, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z6, Z5
+	VPMULHUW Z24, Z6, Z6
+	VPADDW   Z19, Z5, Z5
+	VPCMPUW  $0x01, Z19, Z5, K2
+	VPSUBW   Z4, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (DX), Z19
+	KMOVD     K2, R10
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z19, K2, Z5
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z19
+	VPMULHUW    Z25, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z25, Z8, Z7
+	VPMULHUW Z25, Z8, Z8
+	VPADDW   Z19, Z7, Z7
+	VPCMPUW  $0x01, Z19, Z7, K2
+	VPSUBW   Z4, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (DI), Z18
+	KMOVD     K2, R10
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z18, K2, Z7
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VPMOVZXBW Y18, Z17
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y21
+	VPERMB   Z21, Z0, Z21
+	VPSHRDVW Z1, Z21, Z21
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z21, Z17
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z21, Z21
+	VPTERNLOGD $0xf8, Z3, Z21, Z17
+
+	// *dst = v; dst++
+	VPMOVWB       Z17, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z18, Y17
+	VPMOVZXBW     Y17, Z17
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y22
+	VPERMB   Z22, Z0, Z22
+	VPSHRDVW Z1, Z22, Z22
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z22, Z17
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z22, Z22
+	VPTERNLOGD $0xf8, Z3, Z22, Z17
+
+	// *dst = v; dst++
+	VPMOVWB   Z17, (R8)
+	ADDQ      $0x20, R8
+	ADDQ      $0x80, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z5, 128(CX)
+	VMOVDQU16 Z6, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z7, 256(CX)
+	VMOVDQU16 Z8, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytesNarrow3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytesNarrow3(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  2112(CX), Z3
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z4, Z4, Z4
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z5
+	VMOVDQU16  192(AX), Z6
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z7
+	VMOVDQU16  320(AX), Z8
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z9
+	VMOVDQU16  448(AX), Z10
+	MOVQ       104(AX), R13
+	MOVQ       R13, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z11
+	VMOVDQU16  128(CX), Z12
+	VMOVDQU16  256(CX), Z13
+	VMOVDQU16  384(CX), Z14
+	VMOVDQU16  512(CX), Z15
+	VMOVDQU16  640(CX), Z16
+	VMOVDQU16  768(CX), Z17
+	VMOVDQU16  896(CX), Z18
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z19
+	VPERMI2B  Z7, Z5, Z19
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z20
+	VPERMI2B   Z7, Z5, Z20
+	VPSLLW     $0x04, Z20, Z20
+	VPORD.BCST nibbles<>+0(SB), Z20, Z20
+	VPMOVB2M   Z19, K1
+	VMOVDQA64  Z19, Z21
+	VPERMI2B   576(CX), Z15, Z21
+	VMOVDQA64  Z19, Z22
+	VPERMI2B   704(CX), Z16, Z22
+	VMOVDQU8   Z22, K1, Z21
+	VPCMPUB    $0x05, Z21, Z20, K2
+	VMOVDQA64  Z19, Z20
+	VPERMI2B   320(CX), Z13, Z20
+	VMOVDQA64  Z19, Z22
+	VPERMI2B   448(CX), Z14, Z22
+	VMOVDQU8   Z22, K1, Z20
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z19, Z22
+	VPERMI2B  64(CX), Z11, Z22
+	VMOVDQA64 Z19, Z26
+	VPERMI2B  192(CX), Z12, Z26
+	VMOVDQU8  Z26, K1, Z22
+	VMOVDQU8  Z22, K2, Z19
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z22
+	VPERMI2B    Z21, Z20, Z22
+	VPSRLW      $0x08, Z5, Z26
+	VPANDD.BCST ranks<>+0(SB), Z26, Z26
+	VPADDW      Z22, Z26, K2, Z26
+	VPANDD.BCST slots<>+0(SB), Z26, Z26
+	VMOVDQU64   wordsTop<>+0(SB), Z22
+	VPERMI2B    Z21, Z20, Z22
+	VPSRLW      $0x08, Z7, Z20
+	VPANDD.BCST ranks<>+0(SB), Z20, Z20
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z22, Z20, K2, Z20
+	VPANDD.BCST slots<>+0(SB), Z20, Z20
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z19, K1
+	VMOVDQA64 Z19, Z21
+	VPERMI2B  832(CX), Z17, Z21
+	VMOVDQA64 Z19, Z22
+	VPERMI2B  960(CX), Z18, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1024(CX), Z22
+	VPERMT2B  1088(CX), Z19, Z22
+	VMOVDQU64 1152(CX), Z27
+	VPERMT2B  1216(CX), Z19, Z27
+	VMOVDQU8  Z27, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z27
+	VPERMI2B  Z22, Z21, Z27
+	VMOVDQU64 wordsTop<>+0(SB), Z28
+	VPERMI2B  Z22, Z21, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z21
+	VPMULHUW    Z27, Z21, Z21
+	VPADDW      Z26, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z6, Z5
+	VPMULHUW Z27, Z6, Z6
+	VPADDW   Z21, Z5, Z5
+	VPCMPUW  $0x01, Z21, Z5, K2
+	VPSUBW   Z4, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (DX), Z21
+	KMOVD     K2, R13
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z21, K2, Z5
+	POPCNTL   R13, R13
+	LEAQ      (DX)(R13*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z21
+	VPMULHUW    Z28, Z21, Z21
+	VPADDW      Z20, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z28, Z8, Z7
+	VPMULHUW Z28, Z8, Z8
+	VPADDW   Z21, Z7, Z7
+	VPCMPUW  $0x01, Z21, Z7, K2
+	VPSUBW   Z4, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (DI), Z20
+	KMOVD     K2, R13
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z20, K2, Z7
+	POPCNTL   R13, R13
+	LEAQ      (DI)(R13*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z20
+	VPERMT2B  1344(CX), Z19, Z20
+	VMOVDQU64 1408(CX), Z21
+	VPERMT2B  1472(CX), Z19, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VPMOVZXBW Y20, Z19
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y23
+	VPERMB   Z23, Z0, Z23
+	VPSHRDVW Z1, Z23, Z23
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z23, Z19
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z23, Z23
+	VPTERNLOGD $0xf8, Z3, Z23, Z19
+
+	// *dst = v; dst++
+	VPMOVWB       Z19, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z20, Y19
+	VPMOVZXBW     Y19, Z19
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y24
+	VPERMB   Z24, Z0, Z24
+	VPSHRDVW Z1, Z24, Z24
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z24, Z19
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z24, Z24
+	VPTERNLOGD $0xf8, Z3, Z24, Z19
+
+	// *dst = v; dst++
+	VPMOVWB Z19, (R8)
+	ADDQ    $0x20, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z19
+	VPERMI2B  Z9, Z9, Z19
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z20
+	VPERMI2B   Z9, Z9, Z20
+	VPSLLW     $0x04, Z20, Z20
+	VPORD.BCST nibbles<>+0(SB), Z20, Z20
+	VPMOVB2M   Z19, K1
+	VMOVDQA64  Z19, Z21
+	VPERMI2B   576(CX), Z15, Z21
+	VMOVDQA64  Z19, Z22
+	VPERMI2B   704(CX), Z16, Z22
+	VMOVDQU8   Z22, K1, Z21
+	VPCMPUB    $0x05, Z21, Z20, K2
+	VMOVDQA64  Z19, Z20
+	VPERMI2B   320(CX), Z13, Z20
+	VMOVDQA64  Z19, Z22
+	VPERMI2B   448(CX), Z14, Z22
+	VMOVDQU8   Z22, K1, Z20
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z19, Z22
+	VPERMI2B  64(CX), Z11, Z22
+	VMOVDQA64 Z19, Z26
+	VPERMI2B  192(CX), Z12, Z26
+	VMOVDQU8  Z26, K1, Z22
+	VMOVDQU8  Z22, K2, Z19
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z22
+	VPERMI2B    Z21, Z20, Z22
+	VPSRLW      $0x08, Z9, Z20
+	VPANDD.BCST ranks<>+0(SB), Z20, Z20
+	VPADDW      Z22, Z20, K2, Z20
+	VPANDD.BCST slots<>+0(SB), Z20, Z20
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z19, K1
+	VMOVDQA64 Z19, Z21
+	VPERMI2B  832(CX), Z17, Z21
+	VMOVDQA64 Z19, Z22
+	VPERMI2B  960(CX), Z18, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1024(CX), Z22
+	VPERMT2B  1088(CX), Z19, Z22
+	VMOVDQU64 1152(CX), Z26
+	VPERMT2B  1216(CX), Z19, Z26
+	VMOVDQU8  Z26, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z26
+	VPERMI2B  Z22, Z21, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z21
+	VPMULHUW    Z26, Z21, Z21
+	VPADDW      Z20, Z21, Z21
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z26, Z10, Z9
+	VPMULHUW Z26, Z10, Z10
+	VPADDW   Z21, Z9, Z9
+	VPCMPUW  $0x01, Z21, Z9, K2
+	VPSUBW   Z4, Z10, K2, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K2
+	VMOVDQU16 (R10), Z20
+	KMOVD     K2, R13
+	VMOVDQU16 Z9, K2, Z10
+	VPEXPANDW Z20, K2, Z9
+	POPCNTL   R13, R13
+	LEAQ      (R10)(R13*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z20
+	VPERMT2B  1344(CX), Z19, Z20
+	VMOVDQU64 1408(CX), Z21
+	VPERMT2B  1472(CX), Z19, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VPMOVZXBW Y20, Z19
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y25
+	VPERMB   Z25, Z0, Z25
+	VPSHRDVW Z1, Z25, Z25
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z25, Z19
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z25, Z25
+	VPTERNLOGD $0xf8, Z3, Z25, Z19
+
+	// *dst = v; dst++
+	VPMOVWB   Z19, (R11)
+	ADDQ      $0x20, R11
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z5, 128(CX)
+	VMOVDQU16 Z6, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z7, 256(CX)
+	VMOVDQU16 Z8, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z9, 384(CX)
+	VMOVDQU16 Z10, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideBytesNarrow4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideBytesNarrow4(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  2112(CX), Z3
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z4, Z4, Z4
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z5
+	VMOVDQU16  192(AX), Z6
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z7
+	VMOVDQU16  320(AX), Z8
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z9
+	VMOVDQU16  448(AX), Z10
+	MOVQ       32(AX), R13
+	MOVQ       96(AX), R14
+	MOVQ       64(AX), R15
+	VMOVDQU16  512(AX), Z11
+	VMOVDQU16  576(AX), Z12
+	MOVQ       104(AX), BP
+	MOVQ       BP, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z13
+	VMOVDQU16  128(CX), Z14
+	VMOVDQU16  256(CX), Z15
+	VMOVDQU16  384(CX), Z16
+	VMOVDQU16  512(CX), Z17
+	VMOVDQU16  640(CX), Z18
+	VMOVDQU16  768(CX), Z19
+	VMOVDQU16  896(CX), Z20
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z21
+	VPERMI2B  Z7, Z5, Z21
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z22
+	VPERMI2B   Z7, Z5, Z22
+	VPSLLW     $0x04, Z22, Z22
+	VPORD.BCST nibbles<>+0(SB), Z22, Z22
+	VPMOVB2M   Z21, K1
+	VMOVDQA64  Z21, Z23
+	VPERMI2B   576(CX), Z17, Z23
+	VMOVDQA64  Z21, Z24
+	VPERMI2B   704(CX), Z18, Z24
+	VMOVDQU8   Z24, K1, Z23
+	VPCMPUB    $0x05, Z23, Z22, K2
+	VMOVDQA64  Z21, Z22
+	VPERMI2B   320(CX), Z15, Z22
+	VMOVDQA64  Z21, Z24
+	VPERMI2B   448(CX), Z16, Z24
+	VMOVDQU8   Z24, K1, Z22
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z21, Z24
+	VPERMI2B  64(CX), Z13, Z24
+	VMOVDQA64 Z21, Z29
+	VPERMI2B  192(CX), Z14, Z29
+	VMOVDQU8  Z29, K1, Z24
+	VMOVDQU8  Z24, K2, Z21
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z24
+	VPERMI2B    Z23, Z22, Z24
+	VPSRLW      $0x08, Z5, Z29
+	VPANDD.BCST ranks<>+0(SB), Z29, Z29
+	VPADDW      Z24, Z29, K2, Z29
+	VPANDD.BCST slots<>+0(SB), Z29, Z29
+	VMOVDQU64   wordsTop<>+0(SB), Z24
+	VPERMI2B    Z23, Z22, Z24
+	VPSRLW      $0x08, Z7, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z24, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z21, K1
+	VMOVDQA64 Z21, Z23
+	VPERMI2B  832(CX), Z19, Z23
+	VMOVDQA64 Z21, Z24
+	VPERMI2B  960(CX), Z20, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1024(CX), Z24
+	VPERMT2B  1088(CX), Z21, Z24
+	VMOVDQU64 1152(CX), Z30
+	VPERMT2B  1216(CX), Z21, Z30
+	VMOVDQU8  Z30, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z30
+	VPERMI2B  Z24, Z23, Z30
+	VMOVDQU64 wordsTop<>+0(SB), Z31
+	VPERMI2B  Z24, Z23, Z31
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z23
+	VPMULHUW    Z30, Z23, Z23
+	VPADDW      Z29, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z6, Z5
+	VPMULHUW Z30, Z6, Z6
+	VPADDW   Z23, Z5, Z5
+	VPCMPUW  $0x01, Z23, Z5, K2
+	VPSUBW   Z4, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (DX), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z23, K2, Z5
+	POPCNTL   BP, BP
+	LEAQ      (DX)(BP*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z23
+	VPMULHUW    Z31, Z23, Z23
+	VPADDW      Z22, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z31, Z8, Z7
+	VPMULHUW Z31, Z8, Z8
+	VPADDW   Z23, Z7, Z7
+	VPCMPUW  $0x01, Z23, Z7, K2
+	VPSUBW   Z4, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (DI), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z22, K2, Z7
+	POPCNTL   BP, BP
+	LEAQ      (DI)(BP*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z22
+	VPERMT2B  1344(CX), Z21, Z22
+	VMOVDQU64 1408(CX), Z23
+	VPERMT2B  1472(CX), Z21, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VPMOVZXBW Y22, Z21
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y25
+	VPERMB   Z25, Z0, Z25
+	VPSHRDVW Z1, Z25, Z25
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z25, Z21
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z25, Z25
+	VPTERNLOGD $0xf8, Z3, Z25, Z21
+
+	// *dst = v; dst++
+	VPMOVWB       Z21, (BX)
+	ADDQ          $0x20, BX
+	VEXTRACTI64X4 $0x01, Z22, Y21
+	VPMOVZXBW     Y21, Z21
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y26
+	VPERMB   Z26, Z0, Z26
+	VPSHRDVW Z1, Z26, Z26
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z26, Z21
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z26, Z26
+	VPTERNLOGD $0xf8, Z3, Z26, Z21
+
+	// *dst = v; dst++
+	VPMOVWB Z21, (R8)
+	ADDQ    $0x20, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z21
+	VPERMI2B  Z11, Z9, Z21
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z22
+	VPERMI2B   Z11, Z9, Z22
+	VPSLLW     $0x04, Z22, Z22
+	VPORD.BCST nibbles<>+0(SB), Z22, Z22
+	VPMOVB2M   Z21, K1
+	VMOVDQA64  Z21, Z23
+	VPERMI2B   576(CX), Z17, Z23
+	VMOVDQA64  Z21, Z24
+	VPERMI2B   704(CX), Z18, Z24
+	VMOVDQU8   Z24, K1, Z23
+	VPCMPUB    $0x05, Z23, Z22, K2
+	VMOVDQA64  Z21, Z22
+	VPERMI2B   320(CX), Z15, Z22
+	VMOVDQA64  Z21, Z24
+	VPERMI2B   448(CX), Z16, Z24
+	VMOVDQU8   Z24, K1, Z22
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z21, Z24
+	VPERMI2B  64(CX), Z13, Z24
+	VMOVDQA64 Z21, Z29
+	VPERMI2B  192(CX), Z14, Z29
+	VMOVDQU8  Z29, K1, Z24
+	VMOVDQU8  Z24, K2, Z21
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z24
+	VPERMI2B    Z23, Z22, Z24
+	VPSRLW      $0x08, Z9, Z29
+	VPANDD.BCST ranks<>+0(SB), Z29, Z29
+	VPADDW      Z24, Z29, K2, Z29
+	VPANDD.BCST slots<>+0(SB), Z29, Z29
+	VMOVDQU64   wordsTop<>+0(SB), Z24
+	VPERMI2B    Z23, Z22, Z24
+	VPSRLW      $0x08, Z11, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z24, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z21, K1
+	VMOVDQA64 Z21, Z23
+	VPERMI2B  832(CX), Z19, Z23
+	VMOVDQA64 Z21, Z24
+	VPERMI2B  960(CX), Z20, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1024(CX), Z24
+	VPERMT2B  1088(CX), Z21, Z24
+	VMOVDQU64 1152(CX), Z30
+	VPERMT2B  1216(CX), Z21, Z30
+	VMOVDQU8  Z30, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z30
+	VPERMI2B  Z24, Z23, Z30
+	VMOVDQU64 wordsTop<>+0(SB), Z31
+	VPERMI2B  Z24, Z23, Z31
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z9, Z23
+	VPMULHUW    Z30, Z23, Z23
+	VPADDW      Z29, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z10, Z9
+	VPMULHUW Z30, Z10, Z10
+	VPADDW   Z23, Z9, Z9
+	VPCMPUW  $0x01, Z23, Z9, K2
+	VPSUBW   Z4, Z10, K2, Z10
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z10, Z10, K2
+	VMOVDQU16 (R10), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z9, K2, Z10
+	VPEXPANDW Z23, K2, Z9
+	POPCNTL   BP, BP
+	LEAQ      (R10)(BP*2), R10
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z11, Z23
+	VPMULHUW    Z31, Z23, Z23
+	VPADDW      Z22, Z23, Z23
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z31, Z12, Z11
+	VPMULHUW Z31, Z12, Z12
+	VPADDW   Z23, Z11, Z11
+	VPCMPUW  $0x01, Z23, Z11, K2
+	VPSUBW   Z4, Z12, K2, Z12
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z12, Z12, K2
+	VMOVDQU16 (R13), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z11, K2, Z12
+	VPEXPANDW Z22, K2, Z11
+	POPCNTL   BP, BP
+	LEAQ      (R13)(BP*2), R13
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z22
+	VPERMT2B  1344(CX), Z21, Z22
+	VMOVDQU64 1408(CX), Z23
+	VPERMT2B  1472(CX), Z21, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VPMOVZXBW Y22, Z21
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y27
+	VPERMB   Z27, Z0, Z27
+	VPSHRDVW Z1, Z27, Z27
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z27, Z21
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z27, Z27
+	VPTERNLOGD $0xf8, Z3, Z27, Z21
+
+	// *dst = v; dst++
+	VPMOVWB       Z21, (R11)
+	ADDQ          $0x20, R11
+	VEXTRACTI64X4 $0x01, Z22, Y21
+	VPMOVZXBW     Y21, Z21
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R15), Y28
+	VPERMB   Z28, Z0, Z28
+	VPSHRDVW Z1, Z28, Z28
+	ADDQ     (SP), R15
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z28, Z21
+
+	// v |= r >> 8 & keepTop // the sign of a byte
+	VPSRLW     $0x08, Z28, Z28
+	VPTERNLOGD $0xf8, Z3, Z28, Z21
+
+	// *dst = v; dst++
+	VPMOVWB   Z21, (R14)
+	ADDQ      $0x20, R14
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z5, 128(CX)
+	VMOVDQU16 Z6, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z7, 256(CX)
+	VMOVDQU16 Z8, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z9, 384(CX)
+	VMOVDQU16 Z10, 448(CX)
+	MOVQ      R13, 32(CX)
+	VMOVDQU16 Z11, 512(CX)
+	VMOVDQU16 Z12, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsPast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsPast1(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       104(AX), SI
+	MOVQ       SI, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z3
+	VMOVDQU16  128(CX), Z4
+	VMOVDQU16  256(CX), Z5
+	VMOVDQU16  384(CX), Z6
+	VMOVDQU16  512(CX), Z7
+	VMOVDQU16  640(CX), Z8
+	VMOVDQU16  768(CX), Z9
+	VMOVDQU16  896(CX), Z10
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z11
+	VPERMI2B  Z1, Z1, Z11
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z12
+	VPERMI2B   Z1, Z1, Z12
+	VPSLLW     $0x04, Z12, Z12
+	VPORD.BCST nibbles<>+0(SB), Z12, Z12
+	VPMOVB2M   Z11, K1
+	VMOVDQA64  Z11, Z13
+	VPERMI2B   576(CX), Z7, Z13
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   704(CX), Z8, Z14
+	VMOVDQU8   Z14, K1, Z13
+	VPCMPUB    $0x05, Z13, Z12, K2
+	VMOVDQA64  Z11, Z12
+	VPERMI2B   320(CX), Z5, Z12
+	VMOVDQA64  Z11, Z14
+	VPERMI2B   448(CX), Z6, Z14
+	VMOVDQU8   Z14, K1, Z12
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  64(CX), Z3, Z14
+	VMOVDQA64 Z11, Z15
+	VPERMI2B  192(CX), Z4, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU8  Z14, K2, Z11
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z14
+	VPERMI2B    Z13, Z12, Z14
+	VPSRLW      $0x08, Z1, Z12
+	VPANDD.BCST ranks<>+0(SB), Z12, Z12
+	VPADDW      Z14, Z12, K2, Z12
+	VPANDD.BCST slots<>+0(SB), Z12, Z12
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z11, K1
+	VMOVDQA64 Z11, Z13
+	VPERMI2B  832(CX), Z9, Z13
+	VMOVDQA64 Z11, Z14
+	VPERMI2B  960(CX), Z10, Z14
+	VMOVDQU8  Z14, K1, Z13
+	VMOVDQU64 1024(CX), Z14
+	VPERMT2B  1088(CX), Z11, Z14
+	VMOVDQU64 1152(CX), Z15
+	VPERMT2B  1216(CX), Z11, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z14, Z13, Z15
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z13
+	VPMULHUW    Z15, Z13, Z13
+	VPADDW      Z12, Z13, Z13
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z15, Z2, Z1
+	VPMULHUW Z15, Z2, Z2
+	VPADDW   Z13, Z1, Z1
+	VPCMPUW  $0x01, Z13, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z12
+	KMOVD     K2, SI
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z12, K2, Z1
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z12
+	VPERMT2B  1344(CX), Z11, Z12
+	VMOVDQU64 1408(CX), Z13
+	VPERMT2B  1472(CX), Z11, Z13
+	VMOVDQU8  Z13, K1, Z12
+	VMOVDQU64 1536(CX), Z13
+	VPERMT2B  1600(CX), Z11, Z13
+	VMOVDQU64 1664(CX), Z14
+	VPERMT2B  1728(CX), Z11, Z14
+	VMOVDQU8  Z14, K1, Z13
+	VMOVDQU64 wordsLow<>+0(SB), Z11
+	VPERMI2B  Z13, Z12, Z11
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z11, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      (SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsPast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsPast2(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       104(AX), R8
+	MOVQ       R8, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z5
+	VMOVDQU16  128(CX), Z6
+	VMOVDQU16  256(CX), Z7
+	VMOVDQU16  384(CX), Z8
+	VMOVDQU16  512(CX), Z9
+	VMOVDQU16  640(CX), Z10
+	VMOVDQU16  768(CX), Z11
+	VMOVDQU16  896(CX), Z12
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z13
+	VPERMI2B  Z3, Z1, Z13
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z14
+	VPERMI2B   Z3, Z1, Z14
+	VPSLLW     $0x04, Z14, Z14
+	VPORD.BCST nibbles<>+0(SB), Z14, Z14
+	VPMOVB2M   Z13, K1
+	VMOVDQA64  Z13, Z15
+	VPERMI2B   576(CX), Z9, Z15
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   704(CX), Z10, Z16
+	VMOVDQU8   Z16, K1, Z15
+	VPCMPUB    $0x05, Z15, Z14, K2
+	VMOVDQA64  Z13, Z14
+	VPERMI2B   320(CX), Z7, Z14
+	VMOVDQA64  Z13, Z16
+	VPERMI2B   448(CX), Z8, Z16
+	VMOVDQU8   Z16, K1, Z14
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  64(CX), Z5, Z16
+	VMOVDQA64 Z13, Z17
+	VPERMI2B  192(CX), Z6, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU8  Z16, K2, Z13
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z1, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	VPADDW      Z16, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+	VMOVDQU64   wordsTop<>+0(SB), Z16
+	VPERMI2B    Z15, Z14, Z16
+	VPSRLW      $0x08, Z3, Z14
+	VPANDD.BCST ranks<>+0(SB), Z14, Z14
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z16, Z14, K2, Z14
+	VPANDD.BCST slots<>+0(SB), Z14, Z14
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z13, K1
+	VMOVDQA64 Z13, Z15
+	VPERMI2B  832(CX), Z11, Z15
+	VMOVDQA64 Z13, Z16
+	VPERMI2B  960(CX), Z12, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 1024(CX), Z16
+	VPERMT2B  1088(CX), Z13, Z16
+	VMOVDQU64 1152(CX), Z18
+	VPERMT2B  1216(CX), Z13, Z18
+	VMOVDQU8  Z18, K1, Z16
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z16, Z15, Z18
+	VMOVDQU64 wordsTop<>+0(SB), Z19
+	VPERMI2B  Z16, Z15, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z15
+	VPMULHUW    Z18, Z15, Z15
+	VPADDW      Z17, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z18, Z2, Z1
+	VPMULHUW Z18, Z2, Z2
+	VPADDW   Z15, Z1, Z1
+	VPCMPUW  $0x01, Z15, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z15
+	KMOVD     K2, R8
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z15, K2, Z1
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z15
+	VPMULHUW    Z19, Z15, Z15
+	VPADDW      Z14, Z15, Z15
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z4, Z3
+	VPMULHUW Z19, Z4, Z4
+	VPADDW   Z15, Z3, Z3
+	VPCMPUW  $0x01, Z15, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z14
+	KMOVD     K2, R8
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z14, K2, Z3
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z14
+	VPERMT2B  1344(CX), Z13, Z14
+	VMOVDQU64 1408(CX), Z15
+	VPERMT2B  1472(CX), Z13, Z15
+	VMOVDQU8  Z15, K1, Z14
+	VMOVDQU64 1536(CX), Z15
+	VPERMT2B  1600(CX), Z13, Z15
+	VMOVDQU64 1664(CX), Z16
+	VPERMT2B  1728(CX), Z13, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 wordsLow<>+0(SB), Z13
+	VPERMI2B  Z15, Z14, Z13
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z13, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z13
+	VPERMI2B  Z15, Z14, Z13
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z13, (DI)
+	ADDQ      $0x40, DI
+	ADDQ      $0x80, AX
+	DECQ      (SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsPast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsPast3(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       104(AX), R10
+	MOVQ       R10, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z7
+	VMOVDQU16  128(CX), Z8
+	VMOVDQU16  256(CX), Z9
+	VMOVDQU16  384(CX), Z10
+	VMOVDQU16  512(CX), Z11
+	VMOVDQU16  640(CX), Z12
+	VMOVDQU16  768(CX), Z13
+	VMOVDQU16  896(CX), Z14
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z3, Z1, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z3, Z1, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z1, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	VPADDW      Z18, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+	VMOVDQU64   wordsTop<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z3, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z15, Z20
+	VMOVDQU8  Z20, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z18, Z17, Z20
+	VMOVDQU64 wordsTop<>+0(SB), Z21
+	VPERMI2B  Z18, Z17, Z21
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z17
+	VPMULHUW    Z20, Z17, Z17
+	VPADDW      Z19, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z2, Z1
+	VPMULHUW Z20, Z2, Z2
+	VPADDW   Z17, Z1, Z1
+	VPCMPUW  $0x01, Z17, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z17
+	KMOVD     K2, R10
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z17, K2, Z1
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z17
+	VPMULHUW    Z21, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z21, Z4, Z3
+	VPMULHUW Z21, Z4, Z4
+	VPADDW   Z17, Z3, Z3
+	VPCMPUW  $0x01, Z17, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z16, K2, Z3
+	POPCNTL   R10, R10
+	LEAQ      (SI)(R10*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1536(CX), Z17
+	VPERMT2B  1600(CX), Z15, Z17
+	VMOVDQU64 1664(CX), Z18
+	VPERMT2B  1728(CX), Z15, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z15, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVNTDQ Z15, (DI)
+	ADDQ     $0x40, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z15
+	VPERMI2B  Z5, Z5, Z15
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z16
+	VPERMI2B   Z5, Z5, Z16
+	VPSLLW     $0x04, Z16, Z16
+	VPORD.BCST nibbles<>+0(SB), Z16, Z16
+	VPMOVB2M   Z15, K1
+	VMOVDQA64  Z15, Z17
+	VPERMI2B   576(CX), Z11, Z17
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   704(CX), Z12, Z18
+	VMOVDQU8   Z18, K1, Z17
+	VPCMPUB    $0x05, Z17, Z16, K2
+	VMOVDQA64  Z15, Z16
+	VPERMI2B   320(CX), Z9, Z16
+	VMOVDQA64  Z15, Z18
+	VPERMI2B   448(CX), Z10, Z18
+	VMOVDQU8   Z18, K1, Z16
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  64(CX), Z7, Z18
+	VMOVDQA64 Z15, Z19
+	VPERMI2B  192(CX), Z8, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU8  Z18, K2, Z15
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z18
+	VPERMI2B    Z17, Z16, Z18
+	VPSRLW      $0x08, Z5, Z16
+	VPANDD.BCST ranks<>+0(SB), Z16, Z16
+	VPADDW      Z18, Z16, K2, Z16
+	VPANDD.BCST slots<>+0(SB), Z16, Z16
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z15, K1
+	VMOVDQA64 Z15, Z17
+	VPERMI2B  832(CX), Z13, Z17
+	VMOVDQA64 Z15, Z18
+	VPERMI2B  960(CX), Z14, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1024(CX), Z18
+	VPERMT2B  1088(CX), Z15, Z18
+	VMOVDQU64 1152(CX), Z19
+	VPERMT2B  1216(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z19
+	VPERMI2B  Z18, Z17, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z17
+	VPMULHUW    Z19, Z17, Z17
+	VPADDW      Z16, Z17, Z17
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z6, Z5
+	VPMULHUW Z19, Z6, Z6
+	VPADDW   Z17, Z5, Z5
+	VPCMPUW  $0x01, Z17, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z16
+	KMOVD     K2, R10
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z16, K2, Z5
+	POPCNTL   R10, R10
+	LEAQ      (R8)(R10*2), R8
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z16
+	VPERMT2B  1344(CX), Z15, Z16
+	VMOVDQU64 1408(CX), Z17
+	VPERMT2B  1472(CX), Z15, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1536(CX), Z17
+	VPERMT2B  1600(CX), Z15, Z17
+	VMOVDQU64 1664(CX), Z18
+	VPERMT2B  1728(CX), Z15, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z15
+	VPERMI2B  Z17, Z16, Z15
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z15, (R9)
+	ADDQ      $0x40, R9
+	ADDQ      $0xc0, AX
+	DECQ      (SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	MOVQ      R8, 24(CX)
+	VMOVDQU16 Z5, 384(CX)
+	VMOVDQU16 Z6, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsPast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsPast4(SB), NOSPLIT, $8-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VPTERNLOGD $0xff, Z0, Z0, Z0
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	VMOVDQU16  128(AX), Z1
+	VMOVDQU16  192(AX), Z2
+	MOVQ       16(AX), SI
+	MOVQ       80(AX), DI
+	VMOVDQU16  256(AX), Z3
+	VMOVDQU16  320(AX), Z4
+	MOVQ       24(AX), R8
+	MOVQ       88(AX), R9
+	VMOVDQU16  384(AX), Z5
+	VMOVDQU16  448(AX), Z6
+	MOVQ       32(AX), R10
+	MOVQ       96(AX), R11
+	VMOVDQU16  512(AX), Z7
+	VMOVDQU16  576(AX), Z8
+	MOVQ       104(AX), R12
+	MOVQ       R12, (SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z9
+	VMOVDQU16  128(CX), Z10
+	VMOVDQU16  256(CX), Z11
+	VMOVDQU16  384(CX), Z12
+	VMOVDQU16  512(CX), Z13
+	VMOVDQU16  640(CX), Z14
+	VMOVDQU16  768(CX), Z15
+	VMOVDQU16  896(CX), Z16
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z3, Z1, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z3, Z1, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z1, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z3, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z1, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z2, Z1
+	VPMULHUW Z22, Z2, Z2
+	VPADDW   Z19, Z1, Z1
+	VPCMPUW  $0x01, Z19, Z1, K2
+	VPSUBW   Z0, Z2, K2, Z2
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z2, Z2, K2
+	VMOVDQU16 (DX), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z1, K2, Z2
+	VPEXPANDW Z19, K2, Z1
+	POPCNTL   R12, R12
+	LEAQ      (DX)(R12*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z3, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z4, Z3
+	VPMULHUW Z23, Z4, Z4
+	VPADDW   Z19, Z3, Z3
+	VPCMPUW  $0x01, Z19, Z3, K2
+	VPSUBW   Z0, Z4, K2, Z4
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z4, Z4, K2
+	VMOVDQU16 (SI), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z3, K2, Z4
+	VPEXPANDW Z18, K2, Z3
+	POPCNTL   R12, R12
+	LEAQ      (SI)(R12*2), SI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1536(CX), Z19
+	VPERMT2B  1600(CX), Z17, Z19
+	VMOVDQU64 1664(CX), Z20
+	VPERMT2B  1728(CX), Z17, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z17, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVNTDQ Z17, (DI)
+	ADDQ     $0x40, DI
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z17
+	VPERMI2B  Z7, Z5, Z17
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z18
+	VPERMI2B   Z7, Z5, Z18
+	VPSLLW     $0x04, Z18, Z18
+	VPORD.BCST nibbles<>+0(SB), Z18, Z18
+	VPMOVB2M   Z17, K1
+	VMOVDQA64  Z17, Z19
+	VPERMI2B   576(CX), Z13, Z19
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   704(CX), Z14, Z20
+	VMOVDQU8   Z20, K1, Z19
+	VPCMPUB    $0x05, Z19, Z18, K2
+	VMOVDQA64  Z17, Z18
+	VPERMI2B   320(CX), Z11, Z18
+	VMOVDQA64  Z17, Z20
+	VPERMI2B   448(CX), Z12, Z20
+	VMOVDQU8   Z20, K1, Z18
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  64(CX), Z9, Z20
+	VMOVDQA64 Z17, Z21
+	VPERMI2B  192(CX), Z10, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU8  Z20, K2, Z17
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z5, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z20, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+	VMOVDQU64   wordsTop<>+0(SB), Z20
+	VPERMI2B    Z19, Z18, Z20
+	VPSRLW      $0x08, Z7, Z18
+	VPANDD.BCST ranks<>+0(SB), Z18, Z18
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z20, Z18, K2, Z18
+	VPANDD.BCST slots<>+0(SB), Z18, Z18
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z17, K1
+	VMOVDQA64 Z17, Z19
+	VPERMI2B  832(CX), Z15, Z19
+	VMOVDQA64 Z17, Z20
+	VPERMI2B  960(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1024(CX), Z20
+	VPERMT2B  1088(CX), Z17, Z20
+	VMOVDQU64 1152(CX), Z22
+	VPERMT2B  1216(CX), Z17, Z22
+	VMOVDQU8  Z22, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z20, Z19, Z22
+	VMOVDQU64 wordsTop<>+0(SB), Z23
+	VPERMI2B  Z20, Z19, Z23
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z5, Z19
+	VPMULHUW    Z22, Z19, Z19
+	VPADDW      Z21, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z22, Z6, Z5
+	VPMULHUW Z22, Z6, Z6
+	VPADDW   Z19, Z5, Z5
+	VPCMPUW  $0x01, Z19, Z5, K2
+	VPSUBW   Z0, Z6, K2, Z6
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z6, Z6, K2
+	VMOVDQU16 (R8), Z19
+	KMOVD     K2, R12
+	VMOVDQU16 Z5, K2, Z6
+	VPEXPANDW Z19, K2, Z5
+	POPCNTL   R12, R12
+	LEAQ      (R8)(R12*2), R8
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z7, Z19
+	VPMULHUW    Z23, Z19, Z19
+	VPADDW      Z18, Z19, Z19
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z8, Z7
+	VPMULHUW Z23, Z8, Z8
+	VPADDW   Z19, Z7, Z7
+	VPCMPUW  $0x01, Z19, Z7, K2
+	VPSUBW   Z0, Z8, K2, Z8
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z8, Z8, K2
+	VMOVDQU16 (R10), Z18
+	KMOVD     K2, R12
+	VMOVDQU16 Z7, K2, Z8
+	VPEXPANDW Z18, K2, Z7
+	POPCNTL   R12, R12
+	LEAQ      (R10)(R12*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z18
+	VPERMT2B  1344(CX), Z17, Z18
+	VMOVDQU64 1408(CX), Z19
+	VPERMT2B  1472(CX), Z17, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1536(CX), Z19
+	VPERMT2B  1600(CX), Z17, Z19
+	VMOVDQU64 1664(CX), Z20
+	VPERMT2B  1728(CX), Z17, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z17, (R9)
+	ADDQ      $0x40, R9
+	VMOVDQU64 wordsTop<>+0(SB), Z17
+	VPERMI2B  Z19, Z18, Z17
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z17, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      (SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z1, 128(CX)
+	VMOVDQU16 Z2, 192(CX)
+	MOVQ      SI, 16(CX)
+	VMOVDQU16 Z3, 256(CX)
+	VMOVDQU16 Z4, 320(CX)
+	MOVQ      R8, 24(CX)
+	VMOVDQU16 Z5, 384(CX)
+	VMOVDQU16 Z6, 448(CX)
+	MOVQ      R10, 32(CX)
+	VMOVDQU16 Z7, 512(CX)
+	VMOVDQU16 Z8, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrowPast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrowPast1(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       104(AX), DI
+	MOVQ       DI, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z6
+	VMOVDQU16  128(CX), Z7
+	VMOVDQU16  256(CX), Z8
+	VMOVDQU16  384(CX), Z9
+	VMOVDQU16  512(CX), Z10
+	VMOVDQU16  640(CX), Z11
+	VMOVDQU16  768(CX), Z12
+	VMOVDQU16  896(CX), Z13
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z14
+	VPERMI2B  Z4, Z4, Z14
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z15
+	VPERMI2B   Z4, Z4, Z15
+	VPSLLW     $0x04, Z15, Z15
+	VPORD.BCST nibbles<>+0(SB), Z15, Z15
+	VPMOVB2M   Z14, K1
+	VMOVDQA64  Z14, Z16
+	VPERMI2B   576(CX), Z10, Z16
+	VMOVDQA64  Z14, Z17
+	VPERMI2B   704(CX), Z11, Z17
+	VMOVDQU8   Z17, K1, Z16
+	VPCMPUB    $0x05, Z16, Z15, K2
+	VMOVDQA64  Z14, Z15
+	VPERMI2B   320(CX), Z8, Z15
+	VMOVDQA64  Z14, Z17
+	VPERMI2B   448(CX), Z9, Z17
+	VMOVDQU8   Z17, K1, Z15
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z14, Z17
+	VPERMI2B  64(CX), Z6, Z17
+	VMOVDQA64 Z14, Z19
+	VPERMI2B  192(CX), Z7, Z19
+	VMOVDQU8  Z19, K1, Z17
+	VMOVDQU8  Z17, K2, Z14
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z17
+	VPERMI2B    Z16, Z15, Z17
+	VPSRLW      $0x08, Z4, Z15
+	VPANDD.BCST ranks<>+0(SB), Z15, Z15
+	VPADDW      Z17, Z15, K2, Z15
+	VPANDD.BCST slots<>+0(SB), Z15, Z15
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z14, K1
+	VMOVDQA64 Z14, Z16
+	VPERMI2B  832(CX), Z12, Z16
+	VMOVDQA64 Z14, Z17
+	VPERMI2B  960(CX), Z13, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 1024(CX), Z17
+	VPERMT2B  1088(CX), Z14, Z17
+	VMOVDQU64 1152(CX), Z19
+	VPERMT2B  1216(CX), Z14, Z19
+	VMOVDQU8  Z19, K1, Z17
+	VMOVDQU64 wordsLow<>+0(SB), Z19
+	VPERMI2B  Z17, Z16, Z19
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z16
+	VPMULHUW    Z19, Z16, Z16
+	VPADDW      Z15, Z16, Z16
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z19, Z5, Z4
+	VPMULHUW Z19, Z5, Z5
+	VPADDW   Z16, Z4, Z4
+	VPCMPUW  $0x01, Z16, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z15
+	KMOVD     K2, DI
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z15, K2, Z4
+	POPCNTL   DI, DI
+	LEAQ      (DX)(DI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z15
+	VPERMT2B  1344(CX), Z14, Z15
+	VMOVDQU64 1408(CX), Z16
+	VPERMT2B  1472(CX), Z14, Z16
+	VMOVDQU8  Z16, K1, Z15
+	VMOVDQU64 1536(CX), Z16
+	VPERMT2B  1600(CX), Z14, Z16
+	VMOVDQU64 1664(CX), Z17
+	VPERMT2B  1728(CX), Z14, Z17
+	VMOVDQU8  Z17, K1, Z16
+	VMOVDQU64 wordsLow<>+0(SB), Z14
+	VPERMI2B  Z16, Z15, Z14
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y18
+	VPERMB   Z18, Z0, Z18
+	VPSHRDVW Z1, Z18, Z18
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z18, Z14
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z14, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrowPast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrowPast2(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       104(AX), R10
+	MOVQ       R10, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z8
+	VMOVDQU16  128(CX), Z9
+	VMOVDQU16  256(CX), Z10
+	VMOVDQU16  384(CX), Z11
+	VMOVDQU16  512(CX), Z12
+	VMOVDQU16  640(CX), Z13
+	VMOVDQU16  768(CX), Z14
+	VMOVDQU16  896(CX), Z15
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z16
+	VPERMI2B  Z6, Z4, Z16
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z17
+	VPERMI2B   Z6, Z4, Z17
+	VPSLLW     $0x04, Z17, Z17
+	VPORD.BCST nibbles<>+0(SB), Z17, Z17
+	VPMOVB2M   Z16, K1
+	VMOVDQA64  Z16, Z18
+	VPERMI2B   576(CX), Z12, Z18
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   704(CX), Z13, Z19
+	VMOVDQU8   Z19, K1, Z18
+	VPCMPUB    $0x05, Z18, Z17, K2
+	VMOVDQA64  Z16, Z17
+	VPERMI2B   320(CX), Z10, Z17
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   448(CX), Z11, Z19
+	VMOVDQU8   Z19, K1, Z17
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  64(CX), Z8, Z19
+	VMOVDQA64 Z16, Z22
+	VPERMI2B  192(CX), Z9, Z22
+	VMOVDQU8  Z22, K1, Z19
+	VMOVDQU8  Z19, K2, Z16
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z4, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	VPADDW      Z19, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+	VMOVDQU64   wordsTop<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z6, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z19, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z16, K1
+	VMOVDQA64 Z16, Z18
+	VPERMI2B  832(CX), Z14, Z18
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  960(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1024(CX), Z19
+	VPERMT2B  1088(CX), Z16, Z19
+	VMOVDQU64 1152(CX), Z23
+	VPERMT2B  1216(CX), Z16, Z23
+	VMOVDQU8  Z23, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z23
+	VPERMI2B  Z19, Z18, Z23
+	VMOVDQU64 wordsTop<>+0(SB), Z24
+	VPERMI2B  Z19, Z18, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z18
+	VPMULHUW    Z23, Z18, Z18
+	VPADDW      Z22, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z5, Z4
+	VPMULHUW Z23, Z5, Z5
+	VPADDW   Z18, Z4, Z4
+	VPCMPUW  $0x01, Z18, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z18
+	KMOVD     K2, R10
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z18, K2, Z4
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z18
+	VPMULHUW    Z24, Z18, Z18
+	VPADDW      Z17, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z7, Z6
+	VPMULHUW Z24, Z7, Z7
+	VPADDW   Z18, Z6, Z6
+	VPCMPUW  $0x01, Z18, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z17
+	KMOVD     K2, R10
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z17, K2, Z6
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z17
+	VPERMT2B  1344(CX), Z16, Z17
+	VMOVDQU64 1408(CX), Z18
+	VPERMT2B  1472(CX), Z16, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1536(CX), Z18
+	VPERMT2B  1600(CX), Z16, Z18
+	VMOVDQU64 1664(CX), Z19
+	VPERMT2B  1728(CX), Z16, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y20
+	VPERMB   Z20, Z0, Z20
+	VPSHRDVW Z1, Z20, Z20
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z20, Z16
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z16, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y21
+	VPERMB   Z21, Z0, Z21
+	VPSHRDVW Z1, Z21, Z21
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z21, Z16
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z16, (R8)
+	ADDQ      $0x40, R8
+	ADDQ      $0x80, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrowPast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrowPast3(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z8
+	VMOVDQU16  448(AX), Z9
+	MOVQ       104(AX), R13
+	MOVQ       R13, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z10
+	VMOVDQU16  128(CX), Z11
+	VMOVDQU16  256(CX), Z12
+	VMOVDQU16  384(CX), Z13
+	VMOVDQU16  512(CX), Z14
+	VMOVDQU16  640(CX), Z15
+	VMOVDQU16  768(CX), Z16
+	VMOVDQU16  896(CX), Z17
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z6, Z4, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z6, Z4, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z25
+	VPERMI2B  192(CX), Z11, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z4, Z25
+	VPANDD.BCST ranks<>+0(SB), Z25, Z25
+	VPADDW      Z21, Z25, K2, Z25
+	VPANDD.BCST slots<>+0(SB), Z25, Z25
+	VMOVDQU64   wordsTop<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z6, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z26
+	VPERMT2B  1216(CX), Z18, Z26
+	VMOVDQU8  Z26, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z26
+	VPERMI2B  Z21, Z20, Z26
+	VMOVDQU64 wordsTop<>+0(SB), Z27
+	VPERMI2B  Z21, Z20, Z27
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z20
+	VPMULHUW    Z26, Z20, Z20
+	VPADDW      Z25, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z26, Z5, Z4
+	VPMULHUW Z26, Z5, Z5
+	VPADDW   Z20, Z4, Z4
+	VPCMPUW  $0x01, Z20, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z20
+	KMOVD     K2, R13
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z20, K2, Z4
+	POPCNTL   R13, R13
+	LEAQ      (DX)(R13*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z20
+	VPMULHUW    Z27, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z7, Z6
+	VPMULHUW Z27, Z7, Z7
+	VPADDW   Z20, Z6, Z6
+	VPCMPUW  $0x01, Z20, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z19
+	KMOVD     K2, R13
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z19, K2, Z6
+	POPCNTL   R13, R13
+	LEAQ      (DI)(R13*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y22
+	VPERMB   Z22, Z0, Z22
+	VPSHRDVW Z1, Z22, Z22
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z22, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z18, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y23
+	VPERMB   Z23, Z0, Z23
+	VPSHRDVW Z1, Z23, Z23
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z23, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ Z18, (R8)
+	ADDQ     $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z8, Z8, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z8, Z8, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z25
+	VPERMI2B  192(CX), Z11, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z8, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z25
+	VPERMT2B  1216(CX), Z18, Z25
+	VMOVDQU8  Z25, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z25
+	VPERMI2B  Z21, Z20, Z25
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z20
+	VPMULHUW    Z25, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z25, Z9, Z8
+	VPMULHUW Z25, Z9, Z9
+	VPADDW   Z20, Z8, Z8
+	VPCMPUW  $0x01, Z20, Z8, K2
+	VPSUBW   Z3, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (R10), Z19
+	KMOVD     K2, R13
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z19, K2, Z8
+	POPCNTL   R13, R13
+	LEAQ      (R10)(R13*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y24
+	VPERMB   Z24, Z0, Z24
+	VPSHRDVW Z1, Z24, Z24
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z24, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z18, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z8, 384(CX)
+	VMOVDQU16 Z9, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsNarrowPast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, AVX512VL, MMX+, POPCNT
+TEXT ·wideWordsNarrowPast4(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z4
+	VMOVDQU16  192(AX), Z5
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z6
+	VMOVDQU16  320(AX), Z7
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z8
+	VMOVDQU16  448(AX), Z9
+	MOVQ       32(AX), R13
+	MOVQ       96(AX), R14
+	MOVQ       64(AX), R15
+	VMOVDQU16  512(AX), Z10
+	VMOVDQU16  576(AX), Z11
+	MOVQ       104(AX), BP
+	MOVQ       BP, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z12
+	VMOVDQU16  128(CX), Z13
+	VMOVDQU16  256(CX), Z14
+	VMOVDQU16  384(CX), Z15
+	VMOVDQU16  512(CX), Z16
+	VMOVDQU16  640(CX), Z17
+	VMOVDQU16  768(CX), Z18
+	VMOVDQU16  896(CX), Z19
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z6, Z4, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z6, Z4, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z28
+	VPERMI2B  192(CX), Z13, Z28
+	VMOVDQU8  Z28, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z4, Z28
+	VPANDD.BCST ranks<>+0(SB), Z28, Z28
+	VPADDW      Z23, Z28, K2, Z28
+	VPANDD.BCST slots<>+0(SB), Z28, Z28
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z6, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z29
+	VPERMT2B  1216(CX), Z20, Z29
+	VMOVDQU8  Z29, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z29
+	VPERMI2B  Z23, Z22, Z29
+	VMOVDQU64 wordsTop<>+0(SB), Z30
+	VPERMI2B  Z23, Z22, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z4, Z22
+	VPMULHUW    Z29, Z22, Z22
+	VPADDW      Z28, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z29, Z5, Z4
+	VPMULHUW Z29, Z5, Z5
+	VPADDW   Z22, Z4, Z4
+	VPCMPUW  $0x01, Z22, Z4, K2
+	VPSUBW   Z3, Z5, K2, Z5
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z5, Z5, K2
+	VMOVDQU16 (DX), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z4, K2, Z5
+	VPEXPANDW Z22, K2, Z4
+	POPCNTL   BP, BP
+	LEAQ      (DX)(BP*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z22
+	VPMULHUW    Z30, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z7, Z6
+	VPMULHUW Z30, Z7, Z7
+	VPADDW   Z22, Z6, Z6
+	VPCMPUW  $0x01, Z22, Z6, K2
+	VPSUBW   Z3, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DI), Z21
+	KMOVD     K2, BP
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z21, K2, Z6
+	POPCNTL   BP, BP
+	LEAQ      (DI)(BP*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (SI), Y24
+	VPERMB   Z24, Z0, Z24
+	VPSHRDVW Z1, Z24, Z24
+	ADDQ     (SP), SI
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z24, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R9), Y25
+	VPERMB   Z25, Z0, Z25
+	VPSHRDVW Z1, Z25, Z25
+	ADDQ     (SP), R9
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z25, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ Z20, (R8)
+	ADDQ     $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z10, Z8, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z10, Z8, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z28
+	VPERMI2B  192(CX), Z13, Z28
+	VMOVDQU8  Z28, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z8, Z28
+	VPANDD.BCST ranks<>+0(SB), Z28, Z28
+	VPADDW      Z23, Z28, K2, Z28
+	VPANDD.BCST slots<>+0(SB), Z28, Z28
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z10, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z29
+	VPERMT2B  1216(CX), Z20, Z29
+	VMOVDQU8  Z29, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z29
+	VPERMI2B  Z23, Z22, Z29
+	VMOVDQU64 wordsTop<>+0(SB), Z30
+	VPERMI2B  Z23, Z22, Z30
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z22
+	VPMULHUW    Z29, Z22, Z22
+	VPADDW      Z28, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z29, Z9, Z8
+	VPMULHUW Z29, Z9, Z9
+	VPADDW   Z22, Z8, Z8
+	VPCMPUW  $0x01, Z22, Z8, K2
+	VPSUBW   Z3, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (R10), Z22
+	KMOVD     K2, BP
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z22, K2, Z8
+	POPCNTL   BP, BP
+	LEAQ      (R10)(BP*2), R10
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z22
+	VPMULHUW    Z30, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z30, Z11, Z10
+	VPMULHUW Z30, Z11, Z11
+	VPADDW   Z22, Z10, Z10
+	VPCMPUW  $0x01, Z22, Z10, K2
+	VPSUBW   Z3, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R13), Z21
+	KMOVD     K2, BP
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z21, K2, Z10
+	POPCNTL   BP, BP
+	LEAQ      (R13)(BP*2), R13
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R12), Y26
+	VPERMB   Z26, Z0, Z26
+	VPSHRDVW Z1, Z26, Z26
+	ADDQ     (SP), R12
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z26, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (R11)
+	ADDQ      $0x40, R11
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i] // rotated: the sign on top, the mantissa at the bottom
+	VMOVDQU8 (R15), Y27
+	VPERMB   Z27, Z0, Z27
+	VPSHRDVW Z1, Z27, Z27
+	ADDQ     (SP), R15
+
+	// v |= r & keep
+	VPTERNLOGD $0xf8, Z2, Z27, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (R14)
+	ADDQ      $0x40, R14
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z4, 128(CX)
+	VMOVDQU16 Z5, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z6, 256(CX)
+	VMOVDQU16 Z7, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z8, 384(CX)
+	VMOVDQU16 Z9, 448(CX)
+	MOVQ      R13, 32(CX)
+	VMOVDQU16 Z10, 512(CX)
+	VMOVDQU16 Z11, 576(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWidePast1(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWidePast1(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       104(AX), DI
+	MOVQ       DI, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z8
+	VMOVDQU16  128(CX), Z9
+	VMOVDQU16  256(CX), Z10
+	VMOVDQU16  384(CX), Z11
+	VMOVDQU16  512(CX), Z12
+	VMOVDQU16  640(CX), Z13
+	VMOVDQU16  768(CX), Z14
+	VMOVDQU16  896(CX), Z15
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z16
+	VPERMI2B  Z6, Z6, Z16
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z17
+	VPERMI2B   Z6, Z6, Z17
+	VPSLLW     $0x04, Z17, Z17
+	VPORD.BCST nibbles<>+0(SB), Z17, Z17
+	VPMOVB2M   Z16, K1
+	VMOVDQA64  Z16, Z18
+	VPERMI2B   576(CX), Z12, Z18
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   704(CX), Z13, Z19
+	VMOVDQU8   Z19, K1, Z18
+	VPCMPUB    $0x05, Z18, Z17, K2
+	VMOVDQA64  Z16, Z17
+	VPERMI2B   320(CX), Z10, Z17
+	VMOVDQA64  Z16, Z19
+	VPERMI2B   448(CX), Z11, Z19
+	VMOVDQU8   Z19, K1, Z17
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  64(CX), Z8, Z19
+	VMOVDQA64 Z16, Z20
+	VPERMI2B  192(CX), Z9, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU8  Z19, K2, Z16
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z19
+	VPERMI2B    Z18, Z17, Z19
+	VPSRLW      $0x08, Z6, Z17
+	VPANDD.BCST ranks<>+0(SB), Z17, Z17
+	VPADDW      Z19, Z17, K2, Z17
+	VPANDD.BCST slots<>+0(SB), Z17, Z17
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z16, K1
+	VMOVDQA64 Z16, Z18
+	VPERMI2B  832(CX), Z14, Z18
+	VMOVDQA64 Z16, Z19
+	VPERMI2B  960(CX), Z15, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 1024(CX), Z19
+	VPERMT2B  1088(CX), Z16, Z19
+	VMOVDQU64 1152(CX), Z20
+	VPERMT2B  1216(CX), Z16, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z19, Z18, Z20
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z18
+	VPMULHUW    Z20, Z18, Z18
+	VPADDW      Z17, Z18, Z18
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z20, Z7, Z6
+	VPMULHUW Z20, Z7, Z7
+	VPADDW   Z18, Z6, Z6
+	VPCMPUW  $0x01, Z18, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z17
+	KMOVD     K2, DI
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z17, K2, Z6
+	POPCNTL   DI, DI
+	LEAQ      (DX)(DI*2), DX
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z17
+	VPERMT2B  1344(CX), Z16, Z17
+	VMOVDQU64 1408(CX), Z18
+	VPERMT2B  1472(CX), Z16, Z18
+	VMOVDQU8  Z18, K1, Z17
+	VMOVDQU64 1536(CX), Z18
+	VPERMT2B  1600(CX), Z16, Z18
+	VMOVDQU64 1664(CX), Z19
+	VPERMT2B  1728(CX), Z16, Z19
+	VMOVDQU8  Z19, K1, Z18
+	VMOVDQU64 wordsLow<>+0(SB), Z16
+	VPERMI2B  Z18, Z17, Z16
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z17
+	VPERMB     (SI), Z3, Z18
+	VPSHRDVW   Z1, Z18, Z17
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z17, Z16
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z16, Z16
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z16, (BX)
+	ADDQ      $0x40, BX
+	ADDQ      $0x40, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWidePast2(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWidePast2(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       104(AX), R10
+	MOVQ       R10, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z10
+	VMOVDQU16  128(CX), Z11
+	VMOVDQU16  256(CX), Z12
+	VMOVDQU16  384(CX), Z13
+	VMOVDQU16  512(CX), Z14
+	VMOVDQU16  640(CX), Z15
+	VMOVDQU16  768(CX), Z16
+	VMOVDQU16  896(CX), Z17
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z18
+	VPERMI2B  Z8, Z6, Z18
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z19
+	VPERMI2B   Z8, Z6, Z19
+	VPSLLW     $0x04, Z19, Z19
+	VPORD.BCST nibbles<>+0(SB), Z19, Z19
+	VPMOVB2M   Z18, K1
+	VMOVDQA64  Z18, Z20
+	VPERMI2B   576(CX), Z14, Z20
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   704(CX), Z15, Z21
+	VMOVDQU8   Z21, K1, Z20
+	VPCMPUB    $0x05, Z20, Z19, K2
+	VMOVDQA64  Z18, Z19
+	VPERMI2B   320(CX), Z12, Z19
+	VMOVDQA64  Z18, Z21
+	VPERMI2B   448(CX), Z13, Z21
+	VMOVDQU8   Z21, K1, Z19
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  64(CX), Z10, Z21
+	VMOVDQA64 Z18, Z22
+	VPERMI2B  192(CX), Z11, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU8  Z21, K2, Z18
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z6, Z22
+	VPANDD.BCST ranks<>+0(SB), Z22, Z22
+	VPADDW      Z21, Z22, K2, Z22
+	VPANDD.BCST slots<>+0(SB), Z22, Z22
+	VMOVDQU64   wordsTop<>+0(SB), Z21
+	VPERMI2B    Z20, Z19, Z21
+	VPSRLW      $0x08, Z8, Z19
+	VPANDD.BCST ranks<>+0(SB), Z19, Z19
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z21, Z19, K2, Z19
+	VPANDD.BCST slots<>+0(SB), Z19, Z19
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z18, K1
+	VMOVDQA64 Z18, Z20
+	VPERMI2B  832(CX), Z16, Z20
+	VMOVDQA64 Z18, Z21
+	VPERMI2B  960(CX), Z17, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 1024(CX), Z21
+	VPERMT2B  1088(CX), Z18, Z21
+	VMOVDQU64 1152(CX), Z23
+	VPERMT2B  1216(CX), Z18, Z23
+	VMOVDQU8  Z23, K1, Z21
+	VMOVDQU64 wordsLow<>+0(SB), Z23
+	VPERMI2B  Z21, Z20, Z23
+	VMOVDQU64 wordsTop<>+0(SB), Z24
+	VPERMI2B  Z21, Z20, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z20
+	VPMULHUW    Z23, Z20, Z20
+	VPADDW      Z22, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z23, Z7, Z6
+	VPMULHUW Z23, Z7, Z7
+	VPADDW   Z20, Z6, Z6
+	VPCMPUW  $0x01, Z20, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z20
+	KMOVD     K2, R10
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z20, K2, Z6
+	POPCNTL   R10, R10
+	LEAQ      (DX)(R10*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z20
+	VPMULHUW    Z24, Z20, Z20
+	VPADDW      Z19, Z20, Z20
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z9, Z8
+	VPMULHUW Z24, Z9, Z9
+	VPADDW   Z20, Z8, Z8
+	VPCMPUW  $0x01, Z20, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z19
+	KMOVD     K2, R10
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z19, K2, Z8
+	POPCNTL   R10, R10
+	LEAQ      (DI)(R10*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z19
+	VPERMT2B  1344(CX), Z18, Z19
+	VMOVDQU64 1408(CX), Z20
+	VPERMT2B  1472(CX), Z18, Z20
+	VMOVDQU8  Z20, K1, Z19
+	VMOVDQU64 1536(CX), Z20
+	VPERMT2B  1600(CX), Z18, Z20
+	VMOVDQU64 1664(CX), Z21
+	VPERMT2B  1728(CX), Z18, Z21
+	VMOVDQU8  Z21, K1, Z20
+	VMOVDQU64 wordsLow<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z21
+	VPERMB     (SI), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z21, Z18
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z18, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z18, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z18
+	VPERMI2B  Z20, Z19, Z18
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z19
+	VPERMB     (R9), Z3, Z20
+	VPSHRDVW   Z1, Z20, Z19
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z19, Z18
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z18, Z18
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z18, (R8)
+	ADDQ      $0x40, R8
+	ADDQ      $0x80, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWidePast3(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWidePast3(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z10
+	VMOVDQU16  448(AX), Z11
+	MOVQ       104(AX), R13
+	MOVQ       R13, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z12
+	VMOVDQU16  128(CX), Z13
+	VMOVDQU16  256(CX), Z14
+	VMOVDQU16  384(CX), Z15
+	VMOVDQU16  512(CX), Z16
+	VMOVDQU16  640(CX), Z17
+	VMOVDQU16  768(CX), Z18
+	VMOVDQU16  896(CX), Z19
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z8, Z6, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z8, Z6, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z24
+	VPERMI2B  192(CX), Z13, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z6, Z24
+	VPANDD.BCST ranks<>+0(SB), Z24, Z24
+	VPADDW      Z23, Z24, K2, Z24
+	VPANDD.BCST slots<>+0(SB), Z24, Z24
+	VMOVDQU64   wordsTop<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z8, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z25
+	VPERMT2B  1216(CX), Z20, Z25
+	VMOVDQU8  Z25, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z25
+	VPERMI2B  Z23, Z22, Z25
+	VMOVDQU64 wordsTop<>+0(SB), Z26
+	VPERMI2B  Z23, Z22, Z26
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z22
+	VPMULHUW    Z25, Z22, Z22
+	VPADDW      Z24, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z25, Z7, Z6
+	VPMULHUW Z25, Z7, Z7
+	VPADDW   Z22, Z6, Z6
+	VPCMPUW  $0x01, Z22, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z22
+	KMOVD     K2, R13
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z22, K2, Z6
+	POPCNTL   R13, R13
+	LEAQ      (DX)(R13*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z22
+	VPMULHUW    Z26, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z26, Z9, Z8
+	VPMULHUW Z26, Z9, Z9
+	VPADDW   Z22, Z8, Z8
+	VPCMPUW  $0x01, Z22, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z21
+	KMOVD     K2, R13
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z21, K2, Z8
+	POPCNTL   R13, R13
+	LEAQ      (DI)(R13*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z23
+	VPERMB     (SI), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z23, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z21
+	VPERMB     (R9), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z21, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ Z20, (R8)
+	ADDQ     $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z20
+	VPERMI2B  Z10, Z10, Z20
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z21
+	VPERMI2B   Z10, Z10, Z21
+	VPSLLW     $0x04, Z21, Z21
+	VPORD.BCST nibbles<>+0(SB), Z21, Z21
+	VPMOVB2M   Z20, K1
+	VMOVDQA64  Z20, Z22
+	VPERMI2B   576(CX), Z16, Z22
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   704(CX), Z17, Z23
+	VMOVDQU8   Z23, K1, Z22
+	VPCMPUB    $0x05, Z22, Z21, K2
+	VMOVDQA64  Z20, Z21
+	VPERMI2B   320(CX), Z14, Z21
+	VMOVDQA64  Z20, Z23
+	VPERMI2B   448(CX), Z15, Z23
+	VMOVDQU8   Z23, K1, Z21
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  64(CX), Z12, Z23
+	VMOVDQA64 Z20, Z24
+	VPERMI2B  192(CX), Z13, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU8  Z23, K2, Z20
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z23
+	VPERMI2B    Z22, Z21, Z23
+	VPSRLW      $0x08, Z10, Z21
+	VPANDD.BCST ranks<>+0(SB), Z21, Z21
+	VPADDW      Z23, Z21, K2, Z21
+	VPANDD.BCST slots<>+0(SB), Z21, Z21
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z20, K1
+	VMOVDQA64 Z20, Z22
+	VPERMI2B  832(CX), Z18, Z22
+	VMOVDQA64 Z20, Z23
+	VPERMI2B  960(CX), Z19, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 1024(CX), Z23
+	VPERMT2B  1088(CX), Z20, Z23
+	VMOVDQU64 1152(CX), Z24
+	VPERMT2B  1216(CX), Z20, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 wordsLow<>+0(SB), Z24
+	VPERMI2B  Z23, Z22, Z24
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z22
+	VPMULHUW    Z24, Z22, Z22
+	VPADDW      Z21, Z22, Z22
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z24, Z11, Z10
+	VPMULHUW Z24, Z11, Z11
+	VPADDW   Z22, Z10, Z10
+	VPCMPUW  $0x01, Z22, Z10, K2
+	VPSUBW   Z5, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R10), Z21
+	KMOVD     K2, R13
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z21, K2, Z10
+	POPCNTL   R13, R13
+	LEAQ      (R10)(R13*2), R10
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z21
+	VPERMT2B  1344(CX), Z20, Z21
+	VMOVDQU64 1408(CX), Z22
+	VPERMT2B  1472(CX), Z20, Z22
+	VMOVDQU8  Z22, K1, Z21
+	VMOVDQU64 1536(CX), Z22
+	VPERMT2B  1600(CX), Z20, Z22
+	VMOVDQU64 1664(CX), Z23
+	VPERMT2B  1728(CX), Z20, Z23
+	VMOVDQU8  Z23, K1, Z22
+	VMOVDQU64 wordsLow<>+0(SB), Z20
+	VPERMI2B  Z22, Z21, Z20
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R12), Z0, Z21
+	VPERMB     (R12), Z3, Z22
+	VPSHRDVW   Z1, Z22, Z21
+	ADDQ       (SP), R12
+	VPTERNLOGD $0xf8, Z2, Z21, Z20
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z20, Z20
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z20, (R11)
+	ADDQ      $0x40, R11
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z10, 384(CX)
+	VMOVDQU16 Z11, 448(CX)
+	VZEROUPPER
+	RET
+
+// func wideWordsWidePast4(a *byte)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, MMX+, POPCNT
+TEXT ·wideWordsWidePast4(SB), NOSPLIT, $16-8
+	MOVQ       a+0(FP), AX
+	MOVQ       (AX), CX
+	VMOVDQU16  1792(CX), Z0
+	VMOVDQU16  1920(CX), Z1
+	VMOVDQU16  2048(CX), Z2
+	VMOVDQU16  1856(CX), Z3
+	VMOVDQU16  1984(CX), Z4
+	MOVQ       112(AX), DX
+	MOVQ       DX, (SP)
+	VPTERNLOGD $0xff, Z5, Z5, Z5
+	MOVQ       8(AX), DX
+	MOVQ       72(AX), BX
+	MOVQ       40(AX), SI
+	VMOVDQU16  128(AX), Z6
+	VMOVDQU16  192(AX), Z7
+	MOVQ       16(AX), DI
+	MOVQ       80(AX), R8
+	MOVQ       48(AX), R9
+	VMOVDQU16  256(AX), Z8
+	VMOVDQU16  320(AX), Z9
+	MOVQ       24(AX), R10
+	MOVQ       88(AX), R11
+	MOVQ       56(AX), R12
+	VMOVDQU16  384(AX), Z10
+	VMOVDQU16  448(AX), Z11
+	MOVQ       32(AX), R13
+	MOVQ       96(AX), R14
+	MOVQ       64(AX), R15
+	VMOVDQU16  512(AX), Z12
+	VMOVDQU16  576(AX), Z13
+	MOVQ       104(AX), BP
+	MOVQ       BP, 8(SP)
+	MOVQ       120(AX), AX
+	VMOVDQU16  (CX), Z14
+	VMOVDQU16  128(CX), Z15
+	VMOVDQU16  256(CX), Z16
+	VMOVDQU16  384(CX), Z17
+	VMOVDQU16  512(CX), Z18
+	VMOVDQU16  640(CX), Z19
+	VMOVDQU16  768(CX), Z20
+	VMOVDQU16  896(CX), Z21
+
+turn:
+	// prefetch(ahead); ahead += 64 // what is decoded next
+	PREFETCHT1 (AX)
+	PREFETCHT1 64(AX)
+	PREFETCHT1 128(AX)
+
+	// streams from 0 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z22
+	VPERMI2B  Z8, Z6, Z22
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z23
+	VPERMI2B   Z8, Z6, Z23
+	VPSLLW     $0x04, Z23, Z23
+	VPORD.BCST nibbles<>+0(SB), Z23, Z23
+	VPMOVB2M   Z22, K1
+	VMOVDQA64  Z22, Z24
+	VPERMI2B   576(CX), Z18, Z24
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   704(CX), Z19, Z25
+	VMOVDQU8   Z25, K1, Z24
+	VPCMPUB    $0x05, Z24, Z23, K2
+	VMOVDQA64  Z22, Z23
+	VPERMI2B   320(CX), Z16, Z23
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   448(CX), Z17, Z25
+	VMOVDQU8   Z25, K1, Z23
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  64(CX), Z14, Z25
+	VMOVDQA64 Z22, Z26
+	VPERMI2B  192(CX), Z15, Z26
+	VMOVDQU8  Z26, K1, Z25
+	VMOVDQU8  Z25, K2, Z22
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z6, Z26
+	VPANDD.BCST ranks<>+0(SB), Z26, Z26
+	VPADDW      Z25, Z26, K2, Z26
+	VPANDD.BCST slots<>+0(SB), Z26, Z26
+	VMOVDQU64   wordsTop<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z8, Z23
+	VPANDD.BCST ranks<>+0(SB), Z23, Z23
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z25, Z23, K2, Z23
+	VPANDD.BCST slots<>+0(SB), Z23, Z23
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z22, K1
+	VMOVDQA64 Z22, Z24
+	VPERMI2B  832(CX), Z20, Z24
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  960(CX), Z21, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 1024(CX), Z25
+	VPERMT2B  1088(CX), Z22, Z25
+	VMOVDQU64 1152(CX), Z27
+	VPERMT2B  1216(CX), Z22, Z27
+	VMOVDQU8  Z27, K1, Z25
+	VMOVDQU64 wordsLow<>+0(SB), Z27
+	VPERMI2B  Z25, Z24, Z27
+	VMOVDQU64 wordsTop<>+0(SB), Z28
+	VPERMI2B  Z25, Z24, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z6, Z24
+	VPMULHUW    Z27, Z24, Z24
+	VPADDW      Z26, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z7, Z6
+	VPMULHUW Z27, Z7, Z7
+	VPADDW   Z24, Z6, Z6
+	VPCMPUW  $0x01, Z24, Z6, K2
+	VPSUBW   Z5, Z7, K2, Z7
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z7, Z7, K2
+	VMOVDQU16 (DX), Z24
+	KMOVD     K2, BP
+	VMOVDQU16 Z6, K2, Z7
+	VPEXPANDW Z24, K2, Z6
+	POPCNTL   BP, BP
+	LEAQ      (DX)(BP*2), DX
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z8, Z24
+	VPMULHUW    Z28, Z24, Z24
+	VPADDW      Z23, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z28, Z9, Z8
+	VPMULHUW Z28, Z9, Z9
+	VPADDW   Z24, Z8, Z8
+	VPCMPUW  $0x01, Z24, Z8, K2
+	VPSUBW   Z5, Z9, K2, Z9
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z9, Z9, K2
+	VMOVDQU16 (DI), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z8, K2, Z9
+	VPEXPANDW Z23, K2, Z8
+	POPCNTL   BP, BP
+	LEAQ      (DI)(BP*2), DI
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z23
+	VPERMT2B  1344(CX), Z22, Z23
+	VMOVDQU64 1408(CX), Z24
+	VPERMT2B  1472(CX), Z22, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1536(CX), Z24
+	VPERMT2B  1600(CX), Z22, Z24
+	VMOVDQU64 1664(CX), Z25
+	VPERMT2B  1728(CX), Z22, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (SI), Z0, Z25
+	VPERMB     (SI), Z3, Z26
+	VPSHRDVW   Z1, Z26, Z25
+	ADDQ       (SP), SI
+	VPTERNLOGD $0xf8, Z2, Z25, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z22, (BX)
+	ADDQ      $0x40, BX
+	VMOVDQU64 wordsTop<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R9), Z0, Z23
+	VPERMB     (R9), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), R9
+	VPTERNLOGD $0xf8, Z2, Z23, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ Z22, (R8)
+	ADDQ     $0x40, R8
+
+	// streams from 2 on: bucket := lo&255
+	VMOVDQU64 packLow<>+0(SB), Z22
+	VPERMI2B  Z12, Z10, Z22
+
+	// isAlias := lo>>8&15 >= threshold[bucket]
+	VMOVDQU64  packTop<>+0(SB), Z23
+	VPERMI2B   Z12, Z10, Z23
+	VPSLLW     $0x04, Z23, Z23
+	VPORD.BCST nibbles<>+0(SB), Z23, Z23
+	VPMOVB2M   Z22, K1
+	VMOVDQA64  Z22, Z24
+	VPERMI2B   576(CX), Z18, Z24
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   704(CX), Z19, Z25
+	VMOVDQU8   Z25, K1, Z24
+	VPCMPUB    $0x05, Z24, Z23, K2
+	VMOVDQA64  Z22, Z23
+	VPERMI2B   320(CX), Z16, Z23
+	VMOVDQA64  Z22, Z25
+	VPERMI2B   448(CX), Z17, Z25
+	VMOVDQU8   Z25, K1, Z23
+
+	// sym := bucket; if isAlias { sym = alias[bucket] }
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  64(CX), Z14, Z25
+	VMOVDQA64 Z22, Z26
+	VPERMI2B  192(CX), Z15, Z26
+	VMOVDQU8  Z26, K1, Z25
+	VMOVDQU8  Z25, K2, Z22
+
+	// rank := lo>>8&15; if isAlias { rank += offset[bucket] }
+	VMOVDQU64   wordsLow<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z10, Z26
+	VPANDD.BCST ranks<>+0(SB), Z26, Z26
+	VPADDW      Z25, Z26, K2, Z26
+	VPANDD.BCST slots<>+0(SB), Z26, Z26
+	VMOVDQU64   wordsTop<>+0(SB), Z25
+	VPERMI2B    Z24, Z23, Z25
+	VPSRLW      $0x08, Z12, Z23
+	VPANDD.BCST ranks<>+0(SB), Z23, Z23
+	KSHIFTRQ    $0x20, K2, K2
+	VPADDW      Z25, Z23, K2, Z23
+	VPANDD.BCST slots<>+0(SB), Z23, Z23
+
+	// f := freq[sym] // frequency << 4
+	VPMOVB2M  Z22, K1
+	VMOVDQA64 Z22, Z24
+	VPERMI2B  832(CX), Z20, Z24
+	VMOVDQA64 Z22, Z25
+	VPERMI2B  960(CX), Z21, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 1024(CX), Z25
+	VPERMT2B  1088(CX), Z22, Z25
+	VMOVDQU64 1152(CX), Z27
+	VPERMT2B  1216(CX), Z22, Z27
+	VMOVDQU8  Z27, K1, Z25
+	VMOVDQU64 wordsLow<>+0(SB), Z27
+	VPERMI2B  Z25, Z24, Z27
+	VMOVDQU64 wordsTop<>+0(SB), Z28
+	VPERMI2B  Z25, Z24, Z28
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z10, Z24
+	VPMULHUW    Z27, Z24, Z24
+	VPADDW      Z26, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z27, Z11, Z10
+	VPMULHUW Z27, Z11, Z11
+	VPADDW   Z24, Z10, Z10
+	VPCMPUW  $0x01, Z24, Z10, K2
+	VPSUBW   Z5, Z11, K2, Z11
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z11, Z11, K2
+	VMOVDQU16 (R10), Z24
+	KMOVD     K2, BP
+	VMOVDQU16 Z10, K2, Z11
+	VPEXPANDW Z24, K2, Z10
+	POPCNTL   BP, BP
+	LEAQ      (R10)(BP*2), R10
+
+	// part := f*(lo&^4095)>>16 + rank // less than 1<<16
+	VPANDD.BCST high4<>+0(SB), Z12, Z24
+	VPMULHUW    Z28, Z24, Z24
+	VPADDW      Z23, Z24, Z24
+
+	// hi, lo = (f*hi + part)>>16, f*hi + part
+	VPMULLW  Z28, Z13, Z12
+	VPMULHUW Z28, Z13, Z13
+	VPADDW   Z24, Z12, Z12
+	VPCMPUW  $0x01, Z24, Z12, K2
+	VPSUBW   Z5, Z13, K2, Z13
+
+	// if hi == 0 { hi = lo; lo = *src; src++ }
+	VPTESTNMW Z13, Z13, K2
+	VMOVDQU16 (R13), Z23
+	KMOVD     K2, BP
+	VMOVDQU16 Z12, K2, Z13
+	VPEXPANDW Z23, K2, Z12
+	POPCNTL   BP, BP
+	LEAQ      (R13)(BP*2), R13
+
+	// v := value[sym]
+	VMOVDQU64 1280(CX), Z23
+	VPERMT2B  1344(CX), Z22, Z23
+	VMOVDQU64 1408(CX), Z24
+	VPERMT2B  1472(CX), Z22, Z24
+	VMOVDQU8  Z24, K1, Z23
+	VMOVDQU64 1536(CX), Z24
+	VPERMT2B  1600(CX), Z22, Z24
+	VMOVDQU64 1664(CX), Z25
+	VPERMT2B  1728(CX), Z22, Z25
+	VMOVDQU8  Z25, K1, Z24
+	VMOVDQU64 wordsLow<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R12), Z0, Z25
+	VPERMB     (R12), Z3, Z26
+	VPSHRDVW   Z1, Z26, Z25
+	ADDQ       (SP), R12
+	VPTERNLOGD $0xf8, Z2, Z25, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z22, (R11)
+	ADDQ      $0x40, R11
+	VMOVDQU64 wordsTop<>+0(SB), Z22
+	VPERMI2B  Z24, Z23, Z22
+
+	// r := rest[i]; v |= r & keep
+	VPERMB     (R15), Z0, Z23
+	VPERMB     (R15), Z3, Z24
+	VPSHRDVW   Z1, Z24, Z23
+	ADDQ       (SP), R15
+	VPTERNLOGD $0xf8, Z2, Z23, Z22
+
+	// v = v>>1 | v<<15 // where the sign is the lowest bit of the rest
+	VPSHRDVW Z4, Z22, Z22
+
+	// *dst = v; dst++
+	VMOVNTDQ  Z22, (R14)
+	ADDQ      $0x40, R14
+	ADDQ      $0xc0, AX
+	DECQ      8(SP)
+	JNZ       turn
+	SFENCE
+	MOVQ      a+0(FP), CX
+	MOVQ      AX, 120(CX)
+	MOVQ      DX, 8(CX)
+	VMOVDQU16 Z6, 128(CX)
+	VMOVDQU16 Z7, 192(CX)
+	MOVQ      DI, 16(CX)
+	VMOVDQU16 Z8, 256(CX)
+	VMOVDQU16 Z9, 320(CX)
+	MOVQ      R10, 24(CX)
+	VMOVDQU16 Z10, 384(CX)
+	VMOVDQU16 Z11, 448(CX)
+	MOVQ      R13, 32(CX)
+	VMOVDQU16 Z12, 512(CX)
+	VMOVDQU16 Z13, 576(CX)
+	VZEROUPPER
+	RET
+
+DATA wanted<>+0(SB)/8, $0x0000000000000000
+DATA wanted<>+8(SB)/8, $0x0000000000000000
+DATA wanted<>+16(SB)/8, $0x0000000000000000
+DATA wanted<>+24(SB)/8, $0x0000000000000100
+DATA wanted<>+32(SB)/8, $0x0000000000000000
+DATA wanted<>+40(SB)/8, $0x0000000000010000
+DATA wanted<>+48(SB)/8, $0x0000000000010000
+DATA wanted<>+56(SB)/8, $0x0000000000020100
+DATA wanted<>+64(SB)/8, $0x0000000000000000
+DATA wanted<>+72(SB)/8, $0x0000000001000000
+DATA wanted<>+80(SB)/8, $0x0000000001000000
+DATA wanted<>+88(SB)/8, $0x0000000002000100
+DATA wanted<>+96(SB)/8, $0x0000000001000000
+DATA wanted<>+104(SB)/8, $0x0000000002010000
+DATA wanted<>+112(SB)/8, $0x0000000002010000
+DATA wanted<>+120(SB)/8, $0x0000000003020100
+DATA wanted<>+128(SB)/8, $0x0000000000000000
+DATA wanted<>+136(SB)/8, $0x0000000100000000
+DATA wanted<>+144(SB)/8, $0x0000000100000000
+DATA wanted<>+152(SB)/8, $0x0000000200000100
+DATA wanted<>+160(SB)/8, $0x0000000100000000
+DATA wanted<>+168(SB)/8, $0x0000000200010000
+DATA wanted<>+176(SB)/8, $0x0000000200010000
+DATA wanted<>+184(SB)/8, $0x0000000300020100
+DATA wanted<>+192(SB)/8, $0x0000000100000000
+DATA wanted<>+200(SB)/8, $0x0000000201000000
+DATA wanted<>+208(SB)/8, $0x0000000201000000
+DATA wanted<>+216(SB)/8, $0x0000000302000100
+DATA wanted<>+224(SB)/8, $0x0000000201000000
+DATA wanted<>+232(SB)/8, $0x0000000302010000
+DATA wanted<>+240(SB)/8, $0x0000000302010000
+DATA wanted<>+248(SB)/8, $0x0000000403020100
+DATA wanted<>+256(SB)/8, $0x0000000000000000
+DATA wanted<>+264(SB)/8, $0x0000010000000000
+DATA wanted<>+272(SB)/8, $0x0000010000000000
+DATA wanted<>+280(SB)/8, $0x0000020000000100
+DATA wanted<>+288(SB)/8, $0x0000010000000000
+DATA wanted<>+296(SB)/8, $0x0000020000010000
+DATA wanted<>+304(SB)/8, $0x0000020000010000
+DATA wanted<>+312(SB)/8, $0x0000030000020100
+DATA wanted<>+320(SB)/8, $0x0000010000000000
+DATA wanted<>+328(SB)/8, $0x0000020001000000
+DATA wanted<>+336(SB)/8, $0x0000020001000000
+DATA wanted<>+344(SB)/8, $0x0000030002000100
+DATA wanted<>+352(SB)/8, $0x0000020001000000
+DATA wanted<>+360(SB)/8, $0x0000030002010000
+DATA wanted<>+368(SB)/8, $0x0000030002010000
+DATA wanted<>+376(SB)/8, $0x0000040003020100
+DATA wanted<>+384(SB)/8, $0x0000010000000000
+DATA wanted<>+392(SB)/8, $0x0000020100000000
+DATA wanted<>+400(SB)/8, $0x0000020100000000
+DATA wanted<>+408(SB)/8, $0x0000030200000100
+DATA wanted<>+416(SB)/8, $0x0000020100000000
+DATA wanted<>+424(SB)/8, $0x0000030200010000
+DATA wanted<>+432(SB)/8, $0x0000030200010000
+DATA wanted<>+440(SB)/8, $0x0000040300020100
+DATA wanted<>+448(SB)/8, $0x0000020100000000
+DATA wanted<>+456(SB)/8, $0x0000030201000000
+DATA wanted<>+464(SB)/8, $0x0000030201000000
+DATA wanted<>+472(SB)/8, $0x0000040302000100
+DATA wanted<>+480(SB)/8, $0x0000030201000000
+DATA wanted<>+488(SB)/8, $0x0000040302010000
+DATA wanted<>+496(SB)/8, $0x0000040302010000
+DATA wanted<>+504(SB)/8, $0x0000050403020100
+DATA wanted<>+512(SB)/8, $0x0000000000000000
+DATA wanted<>+520(SB)/8, $0x0001000000000000
+DATA wanted<>+528(SB)/8, $0x0001000000000000
+DATA wanted<>+536(SB)/8, $0x0002000000000100
+DATA wanted<>+544(SB)/8, $0x0001000000000000
+DATA wanted<>+552(SB)/8, $0x0002000000010000
+DATA wanted<>+560(SB)/8, $0x0002000000010000
+DATA wanted<>+568(SB)/8, $0x0003000000020100
+DATA wanted<>+576(SB)/8, $0x0001000000000000
+DATA wanted<>+584(SB)/8, $0x0002000001000000
+DATA wanted<>+592(SB)/8, $0x0002000001000000
+DATA wanted<>+600(SB)/8, $0x0003000002000100
+DATA wanted<>+608(SB)/8, $0x0002000001000000
+DATA wanted<>+616(SB)/8, $0x0003000002010000
+DATA wanted<>+624(SB)/8, $0x0003000002010000
+DATA wanted<>+632(SB)/8, $0x0004000003020100
+DATA wanted<>+640(SB)/8, $0x0001000000000000
+DATA wanted<>+648(SB)/8, $0x0002000100000000
+DATA wanted<>+656(SB)/8, $0x0002000100000000
+DATA wanted<>+664(SB)/8, $0x0003000200000100
+DATA wanted<>+672(SB)/8, $0x0002000100000000
+DATA wanted<>+680(SB)/8, $0x0003000200010000
+DATA wanted<>+688(SB)/8, $0x0003000200010000
+DATA wanted<>+696(SB)/8, $0x0004000300020100
+DATA wanted<>+704(SB)/8, $0x0002000100000000
+DATA wanted<>+712(SB)/8, $0x0003000201000000
+DATA wanted<>+720(SB)/8, $0x0003000201000000
+DATA wanted<>+728(SB)/8, $0x0004000302000100
+DATA wanted<>+736(SB)/8, $0x0003000201000000
+DATA wanted<>+744(SB)/8, $0x0004000302010000
+DATA wanted<>+752(SB)/8, $0x0004000302010000
+DATA wanted<>+760(SB)/8, $0x0005000403020100
+DATA wanted<>+768(SB)/8, $0x0001000000000000
+DATA wanted<>+776(SB)/8, $0x0002010000000000
+DATA wanted<>+784(SB)/8, $0x0002010000000000
+DATA wanted<>+792(SB)/8, $0x0003020000000100
+DATA wanted<>+800(SB)/8, $0x0002010000000000
+DATA wanted<>+808(SB)/8, $0x0003020000010000
+DATA wanted<>+816(SB)/8, $0x0003020000010000
+DATA wanted<>+824(SB)/8, $0x0004030000020100
+DATA wanted<>+832(SB)/8, $0x0002010000000000
+DATA wanted<>+840(SB)/8, $0x0003020001000000
+DATA wanted<>+848(SB)/8, $0x0003020001000000
+DATA wanted<>+856(SB)/8, $0x0004030002000100
+DATA wanted<>+864(SB)/8, $0x0003020001000000
+DATA wanted<>+872(SB)/8, $0x0004030002010000
+DATA wanted<>+880(SB)/8, $0x0004030002010000
+DATA wanted<>+888(SB)/8, $0x0005040003020100
+DATA wanted<>+896(SB)/8, $0x0002010000000000
+DATA wanted<>+904(SB)/8, $0x0003020100000000
+DATA wanted<>+912(SB)/8, $0x0003020100000000
+DATA wanted<>+920(SB)/8, $0x0004030200000100
+DATA wanted<>+928(SB)/8, $0x0003020100000000
+DATA wanted<>+936(SB)/8, $0x0004030200010000
+DATA wanted<>+944(SB)/8, $0x0004030200010000
+DATA wanted<>+952(SB)/8, $0x0005040300020100
+DATA wanted<>+960(SB)/8, $0x0003020100000000
+DATA wanted<>+968(SB)/8, $0x0004030201000000
+DATA wanted<>+976(SB)/8, $0x0004030201000000
+DATA wanted<>+984(SB)/8, $0x0005040302000100
+DATA wanted<>+992(SB)/8, $0x0004030201000000
+DATA wanted<>+1000(SB)/8, $0x0005040302010000
+DATA wanted<>+1008(SB)/8, $0x0005040302010000
+DATA wanted<>+1016(SB)/8, $0x0006050403020100
+DATA wanted<>+1024(SB)/8, $0x0000000000000000
+DATA wanted<>+1032(SB)/8, $0x0100000000000000
+DATA wanted<>+1040(SB)/8, $0x0100000000000000
+DATA wanted<>+1048(SB)/8, $0x0200000000000100
+DATA wanted<>+1056(SB)/8, $0x0100000000000000
+DATA wanted<>+1064(SB)/8, $0x0200000000010000
+DATA wanted<>+1072(SB)/8, $0x0200000000010000
+DATA wanted<>+1080(SB)/8, $0x0300000000020100
+DATA wanted<>+1088(SB)/8, $0x0100000000000000
+DATA wanted<>+1096(SB)/8, $0x0200000001000000
+DATA wanted<>+1104(SB)/8, $0x0200000001000000
+DATA wanted<>+1112(SB)/8, $0x0300000002000100
+DATA wanted<>+1120(SB)/8, $0x0200000001000000
+DATA wanted<>+1128(SB)/8, $0x0300000002010000
+DATA wanted<>+1136(SB)/8, $0x0300000002010000
+DATA wanted<>+1144(SB)/8, $0x0400000003020100
+DATA wanted<>+1152(SB)/8, $0x0100000000000000
+DATA wanted<>+1160(SB)/8, $0x0200000100000000
+DATA wanted<>+1168(SB)/8, $0x0200000100000000
+DATA wanted<>+1176(SB)/8, $0x0300000200000100
+DATA wanted<>+1184(SB)/8, $0x0200000100000000
+DATA wanted<>+1192(SB)/8, $0x0300000200010000
+DATA wanted<>+1200(SB)/8, $0x0300000200010000
+DATA wanted<>+1208(SB)/8, $0x0400000300020100
+DATA wanted<>+1216(SB)/8, $0x0200000100000000
+DATA wanted<>+1224(SB)/8, $0x0300000201000000
+DATA wanted<>+1232(SB)/8, $0x0300000201000000
+DATA wanted<>+1240(SB)/8, $0x0400000302000100
+DATA wanted<>+1248(SB)/8, $0x0300000201000000
+DATA wanted<>+1256(SB)/8, $0x0400000302010000
+DATA wanted<>+1264(SB)/8, $0x0400000302010000
+DATA wanted<>+1272(SB)/8, $0x0500000403020100
+DATA wanted<>+1280(SB)/8, $0x0100000000000000
+DATA wanted<>+1288(SB)/8, $0x0200010000000000
+DATA wanted<>+1296(SB)/8, $0x0200010000000000
+DATA wanted<>+1304(SB)/8, $0x0300020000000100
+DATA wanted<>+1312(SB)/8, $0x0200010000000000
+DATA wanted<>+1320(SB)/8, $0x0300020000010000
+DATA wanted<>+1328(SB)/8, $0x0300020000010000
+DATA wanted<>+1336(SB)/8, $0x0400030000020100
+DATA wanted<>+1344(SB)/8, $0x0200010000000000
+DATA wanted<>+1352(SB)/8, $0x0300020001000000
+DATA wanted<>+1360(SB)/8, $0x0300020001000000
+DATA wanted<>+1368(SB)/8, $0x0400030002000100
+DATA wanted<>+1376(SB)/8, $0x0300020001000000
+DATA wanted<>+1384(SB)/8, $0x0400030002010000
+DATA wanted<>+1392(SB)/8, $0x0400030002010000
+DATA wanted<>+1400(SB)/8, $0x0500040003020100
+DATA wanted<>+1408(SB)/8, $0x0200010000000000
+DATA wanted<>+1416(SB)/8, $0x0300020100000000
+DATA wanted<>+1424(SB)/8, $0x0300020100000000
+DATA wanted<>+1432(SB)/8, $0x0400030200000100
+DATA wanted<>+1440(SB)/8, $0x0300020100000000
+DATA wanted<>+1448(SB)/8, $0x0400030200010000
+DATA wanted<>+1456(SB)/8, $0x0400030200010000
+DATA wanted<>+1464(SB)/8, $0x0500040300020100
+DATA wanted<>+1472(SB)/8, $0x0300020100000000
+DATA wanted<>+1480(SB)/8, $0x0400030201000000
+DATA wanted<>+1488(SB)/8, $0x0400030201000000
+DATA wanted<>+1496(SB)/8, $0x0500040302000100
+DATA wanted<>+1504(SB)/8, $0x0400030201000000
+DATA wanted<>+1512(SB)/8, $0x0500040302010000
+DATA wanted<>+1520(SB)/8, $0x0500040302010000
+DATA wanted<>+1528(SB)/8, $0x0600050403020100
+DATA wanted<>+1536(SB)/8, $0x0100000000000000
+DATA wanted<>+1544(SB)/8, $0x0201000000000000
+DATA wanted<>+1552(SB)/8, $0x0201000000000000
+DATA wanted<>+1560(SB)/8, $0x0302000000000100
+DATA wanted<>+1568(SB)/8, $0x0201000000000000
+DATA wanted<>+1576(SB)/8, $0x0302000000010000
+DATA wanted<>+1584(SB)/8, $0x0302000000010000
+DATA wanted<>+1592(SB)/8, $0x0403000000020100
+DATA wanted<>+1600(SB)/8, $0x0201000000000000
+DATA wanted<>+1608(SB)/8, $0x0302000001000000
+DATA wanted<>+1616(SB)/8, $0x0302000001000000
+DATA wanted<>+1624(SB)/8, $0x0403000002000100
+DATA wanted<>+1632(SB)/8, $0x0302000001000000
+DATA wanted<>+1640(SB)/8, $0x0403000002010000
+DATA wanted<>+1648(SB)/8, $0x0403000002010000
+DATA wanted<>+1656(SB)/8, $0x0504000003020100
+DATA wanted<>+1664(SB)/8, $0x0201000000000000
+DATA wanted<>+1672(SB)/8, $0x0302000100000000
+DATA wanted<>+1680(SB)/8, $0x0302000100000000
+DATA wanted<>+1688(SB)/8, $0x0403000200000100
+DATA wanted<>+1696(SB)/8, $0x0302000100000000
+DATA wanted<>+1704(SB)/8, $0x0403000200010000
+DATA wanted<>+1712(SB)/8, $0x0403000200010000
+DATA wanted<>+1720(SB)/8, $0x0504000300020100
+DATA wanted<>+1728(SB)/8, $0x0302000100000000
+DATA wanted<>+1736(SB)/8, $0x0403000201000000
+DATA wanted<>+1744(SB)/8, $0x0403000201000000
+DATA wanted<>+1752(SB)/8, $0x0504000302000100
+DATA wanted<>+1760(SB)/8, $0x0403000201000000
+DATA wanted<>+1768(SB)/8, $0x0504000302010000
+DATA wanted<>+1776(SB)/8, $0x0504000302010000
+DATA wanted<>+1784(SB)/8, $0x0605000403020100
+DATA wanted<>+1792(SB)/8, $0x0201000000000000
+DATA wanted<>+1800(SB)/8, $0x0302010000000000
+DATA wanted<>+1808(SB)/8, $0x0302010000000000
+DATA wanted<>+1816(SB)/8, $0x0403020000000100
+DATA wanted<>+1824(SB)/8, $0x0302010000000000
+DATA wanted<>+1832(SB)/8, $0x0403020000010000
+DATA wanted<>+1840(SB)/8, $0x0403020000010000
+DATA wanted<>+1848(SB)/8, $0x0504030000020100
+DATA wanted<>+1856(SB)/8, $0x0302010000000000
+DATA wanted<>+1864(SB)/8, $0x0403020001000000
+DATA wanted<>+1872(SB)/8, $0x0403020001000000
+DATA wanted<>+1880(SB)/8, $0x0504030002000100
+DATA wanted<>+1888(SB)/8, $0x0403020001000000
+DATA wanted<>+1896(SB)/8, $0x0504030002010000
+DATA wanted<>+1904(SB)/8, $0x0504030002010000
+DATA wanted<>+1912(SB)/8, $0x0605040003020100
+DATA wanted<>+1920(SB)/8, $0x0302010000000000
+DATA wanted<>+1928(SB)/8, $0x0403020100000000
+DATA wanted<>+1936(SB)/8, $0x0403020100000000
+DATA wanted<>+1944(SB)/8, $0x0504030200000100
+DATA wanted<>+1952(SB)/8, $0x0403020100000000
+DATA wanted<>+1960(SB)/8, $0x0504030200010000
+DATA wanted<>+1968(SB)/8, $0x0504030200010000
+DATA wanted<>+1976(SB)/8, $0x0605040300020100
+DATA wanted<>+1984(SB)/8, $0x0403020100000000
+DATA wanted<>+1992(SB)/8, $0x0504030201000000
+DATA wanted<>+2000(SB)/8, $0x0504030201000000
+DATA wanted<>+2008(SB)/8, $0x0605040302000100
+DATA wanted<>+2016(SB)/8, $0x0504030201000000
+DATA wanted<>+2024(SB)/8, $0x0605040302010000
+DATA wanted<>+2032(SB)/8, $0x0605040302010000
+DATA wanted<>+2040(SB)/8, $0x0706050403020100
+GLOBL wanted<>(SB), RODATA|NOPTR, $2048
+
+// func slotsBytes1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsBytes1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 160(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y3, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 32(SP)
+	VPACKUSDW Y3, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y2, Y2
+	VEXTRACTI128 $0x01, Y2, X3
+	VPACKUSWB    X3, X2, X2
+	VMOVDQU      X2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X5, X5
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X5, X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X5, X5
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y5, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 96(SP)
+	VPACKUSDW Y5, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y4, Y4
+	VEXTRACTI128 $0x01, Y4, X2
+	VPACKUSWB    X2, X4, X4
+	VMOVDQU      X4, 16(BX)
+	ADDQ         $0x20, BX
+	DECQ         160(SP)
+	JNZ          turn
+	MOVQ         a+0(FP), AX
+	VPCMPEQD     Y0, Y0, Y0
+	VPSRLD       $0x10, Y0, Y0
+	MOVQ         DX, 8(AX)
+	VMOVDQU      (SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      32(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 128(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 192(AX)
+	VMOVDQU      64(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      96(SP), Y3
+	VPAND        Y0, Y3, Y0
+	VPSRLD       $0x10, Y3, Y3
+	VPACKUSDW    Y0, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 160(AX)
+	VPACKUSDW    Y3, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsBytes2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsBytes2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), SI
+	MOVQ      80(AX), DI
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 288(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y3, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 32(SP)
+	VPACKUSDW Y3, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y2, Y2
+	VEXTRACTI128 $0x01, Y2, X3
+	VPACKUSWB    X3, X2, X2
+	VMOVDQU      X2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y5, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 96(SP)
+	VPACKUSDW Y5, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y4, Y4
+	VEXTRACTI128 $0x01, Y4, X2
+	VPACKUSWB    X2, X4, X4
+	VMOVDQU      X4, 16(BX)
+	ADDQ         $0x20, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X6, X6
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X6, X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X6, X6
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X7, X7
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X7, X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X7, X7
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y7, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 160(SP)
+	VPACKUSDW Y7, Y6, Y6
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y6, Y6
+	VEXTRACTI128 $0x01, Y6, X2
+	VPACKUSWB    X2, X6, X6
+	VMOVDQU      X6, (DI)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X8, X8
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X8, X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X8, X8
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X9, X9
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X9, X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X9, X9
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y9, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 224(SP)
+	VPACKUSDW Y9, Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ       $0xd8, Y8, Y8
+	VEXTRACTI128 $0x01, Y8, X2
+	VPACKUSWB    X2, X8, X8
+	VMOVDQU      X8, 16(DI)
+	ADDQ         $0x20, DI
+	DECQ         288(SP)
+	JNZ          turn
+	MOVQ         a+0(FP), AX
+	VPCMPEQD     Y0, Y0, Y0
+	VPSRLD       $0x10, Y0, Y0
+	MOVQ         DX, 8(AX)
+	VMOVDQU      (SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      32(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 128(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 192(AX)
+	VMOVDQU      64(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      96(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 160(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 224(AX)
+	MOVQ         SI, 16(AX)
+	VMOVDQU      128(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      160(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 256(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 320(AX)
+	VMOVDQU      192(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      224(SP), Y3
+	VPAND        Y0, Y3, Y0
+	VPSRLD       $0x10, Y3, Y3
+	VPACKUSDW    Y0, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 288(AX)
+	VPACKUSDW    Y3, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 352(AX)
+	VZEROUPPER
+	RET
+
+// func slotsBytesRest1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsBytesRest1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), DI
+	MOVQ      DI, 160(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), DI
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y3, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+	VPACKUSDW      Y3, Y2, Y2
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y2, Y2
+	VPSRLW    17584(CX), Y2, Y7
+	VPSLLW    17600(CX), Y2, Y2
+	VPOR      Y7, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VEXTRACTI128 $0x01, Y2, X7
+	VPACKUSWB    X7, X2, X2
+	VMOVDQU      X2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y5, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+	VPACKUSDW      Y5, Y4, Y4
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y4, Y4
+	VPSRLW    17584(CX), Y4, Y7
+	VPSLLW    17600(CX), Y4, Y4
+	VPOR      Y7, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y4, Y4
+	VPERMQ       $0xd8, Y4, Y4
+	VEXTRACTI128 $0x01, Y4, X7
+	VPACKUSWB    X7, X4, X4
+	VMOVDQU      X4, 16(BX)
+	ADDQ         $0x20, BX
+	DECQ         160(SP)
+	JNZ          turn
+	MOVQ         a+0(FP), AX
+	VPCMPEQD     Y0, Y0, Y0
+	VPSRLD       $0x10, Y0, Y0
+	MOVQ         DX, 8(AX)
+	VMOVDQU      (SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      32(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 128(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 192(AX)
+	VMOVDQU      64(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      96(SP), Y3
+	VPAND        Y0, Y3, Y0
+	VPSRLD       $0x10, Y3, Y3
+	VPACKUSDW    Y0, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 160(AX)
+	VPACKUSDW    Y3, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsBytesRest2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsBytesRest2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), DI
+	MOVQ      80(AX), R8
+	MOVQ      48(AX), R9
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), R10
+	MOVQ      R10, 288(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), R10
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y3, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+	VPACKUSDW      Y3, Y2, Y2
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y2, Y2
+	VPSRLW    17584(CX), Y2, Y11
+	VPSLLW    17600(CX), Y2, Y2
+	VPOR      Y11, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VEXTRACTI128 $0x01, Y2, X11
+	VPACKUSWB    X11, X2, X2
+	VMOVDQU      X2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X5, X5
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X5, X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X5, X5
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y5, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+	VPACKUSDW      Y5, Y4, Y4
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y4, Y4
+	VPSRLW    17584(CX), Y4, Y11
+	VPSLLW    17600(CX), Y4, Y4
+	VPOR      Y11, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y4, Y4
+	VPERMQ       $0xd8, Y4, Y4
+	VEXTRACTI128 $0x01, Y4, X11
+	VPACKUSWB    X11, X4, X4
+	VMOVDQU      X4, 16(BX)
+	ADDQ         $0x20, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X6, X6
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X6, X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X6, X6
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X7, X7
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X7, X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X7, X7
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y7, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 160(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+	VPACKUSDW      Y7, Y6, Y6
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y6, Y6
+	VPSRLW    17584(CX), Y6, Y11
+	VPSLLW    17600(CX), Y6, Y6
+	VPOR      Y11, Y6, Y6
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y6, Y6
+	VPERMQ       $0xd8, Y6, Y6
+	VEXTRACTI128 $0x01, Y6, X11
+	VPACKUSWB    X11, X6, X6
+	VMOVDQU      X6, (R8)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X8, X8
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X8, X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X8, X8
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X9, X9
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X9, X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X9, X9
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y9, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 224(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+	VPACKUSDW      Y9, Y8, Y8
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y8, Y8
+	VPSRLW    17584(CX), Y8, Y11
+	VPSLLW    17600(CX), Y8, Y8
+	VPOR      Y11, Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPAND        17536(CX), Y8, Y8
+	VPERMQ       $0xd8, Y8, Y8
+	VEXTRACTI128 $0x01, Y8, X11
+	VPACKUSWB    X11, X8, X8
+	VMOVDQU      X8, 16(R8)
+	ADDQ         $0x20, R8
+	DECQ         288(SP)
+	JNZ          turn
+	MOVQ         a+0(FP), AX
+	VPCMPEQD     Y0, Y0, Y0
+	VPSRLD       $0x10, Y0, Y0
+	MOVQ         DX, 8(AX)
+	VMOVDQU      (SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      32(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 128(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 192(AX)
+	VMOVDQU      64(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      96(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 160(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 224(AX)
+	MOVQ         DI, 16(AX)
+	VMOVDQU      128(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      160(SP), Y4
+	VPAND        Y0, Y4, Y3
+	VPSRLD       $0x10, Y4, Y4
+	VPACKUSDW    Y3, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 256(AX)
+	VPACKUSDW    Y4, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 320(AX)
+	VMOVDQU      192(SP), Y2
+	VPAND        Y0, Y2, Y1
+	VPSRLD       $0x10, Y2, Y2
+	VMOVDQU      224(SP), Y3
+	VPAND        Y0, Y3, Y0
+	VPSRLD       $0x10, Y3, Y3
+	VPACKUSDW    Y0, Y1, Y1
+	VPERMQ       $0xd8, Y1, Y1
+	VMOVDQU      Y1, 288(AX)
+	VPACKUSDW    Y3, Y2, Y2
+	VPERMQ       $0xd8, Y2, Y2
+	VMOVDQU      Y2, 352(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWords1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWords1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 160(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y3, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 32(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y3, Y2, Y2
+	VPSLLW    17568(CX), Y2, Y2
+	VPADDW    17504(CX), Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y2, Y2
+	VMOVDQU Y2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X5, X5
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X5, X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X5, X5
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y5, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 96(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y5, Y4, Y4
+	VPSLLW    17568(CX), Y4, Y4
+	VPADDW    17504(CX), Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y4, Y4
+	VMOVDQU   Y4, 32(BX)
+	ADDQ      $0x40, BX
+	DECQ      160(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWords2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWords2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), SI
+	MOVQ      80(AX), DI
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 288(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y3, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 32(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y3, Y2, Y2
+	VPSLLW    17568(CX), Y2, Y2
+	VPADDW    17504(CX), Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y2, Y2
+	VMOVDQU Y2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y5, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 96(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y5, Y4, Y4
+	VPSLLW    17568(CX), Y4, Y4
+	VPADDW    17504(CX), Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y4, Y4
+	VMOVDQU Y4, 32(BX)
+	ADDQ    $0x40, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X6, X6
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X6, X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X6, X6
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X7, X7
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X7, X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X7, X7
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y7, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 160(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y7, Y6, Y6
+	VPSLLW    17568(CX), Y6, Y6
+	VPADDW    17504(CX), Y6, Y6
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y6, Y6
+	VMOVDQU Y6, (DI)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X8, X8
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X8, X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X8, X8
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X9, X9
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X9, X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X9, X9
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y9, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 224(SP)
+
+	// v := base + code<<up
+	VPACKUSDW Y9, Y8, Y8
+	VPSLLW    17568(CX), Y8, Y8
+	VPADDW    17504(CX), Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y8, Y8
+	VMOVDQU   Y8, 32(DI)
+	ADDQ      $0x40, DI
+	DECQ      288(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	MOVQ      SI, 16(AX)
+	VMOVDQU   128(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   160(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 256(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 320(AX)
+	VMOVDQU   192(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   224(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 288(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 352(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsRest1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsRest1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), DI
+	MOVQ      DI, 160(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), DI
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y3, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+
+	// v := base + code<<up
+	VPACKUSDW Y3, Y2, Y2
+	VPSLLW    17568(CX), Y2, Y2
+	VPADDW    17504(CX), Y2, Y2
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y2, Y2
+	VPSRLW    17584(CX), Y2, Y7
+	VPSLLW    17600(CX), Y2, Y2
+	VPOR      Y7, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y2, Y2
+	VMOVDQU Y2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y5, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+
+	// v := base + code<<up
+	VPACKUSDW Y5, Y4, Y4
+	VPSLLW    17568(CX), Y4, Y4
+	VPADDW    17504(CX), Y4, Y4
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y4, Y4
+	VPSRLW    17584(CX), Y4, Y7
+	VPSLLW    17600(CX), Y4, Y4
+	VPOR      Y7, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y4, Y4
+	VMOVDQU   Y4, 32(BX)
+	ADDQ      $0x40, BX
+	DECQ      160(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsRest2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsRest2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), DI
+	MOVQ      80(AX), R8
+	MOVQ      48(AX), R9
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), R10
+	MOVQ      R10, 288(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), R10
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y3, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := base + code<<up
+	VPACKUSDW Y3, Y2, Y2
+	VPSLLW    17568(CX), Y2, Y2
+	VPADDW    17504(CX), Y2, Y2
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y2, Y2
+	VPSRLW    17584(CX), Y2, Y11
+	VPSLLW    17600(CX), Y2, Y2
+	VPOR      Y11, Y2, Y2
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y2, Y2
+	VMOVDQU Y2, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X5, X5
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X5, X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X5, X5
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y5, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := base + code<<up
+	VPACKUSDW Y5, Y4, Y4
+	VPSLLW    17568(CX), Y4, Y4
+	VPADDW    17504(CX), Y4, Y4
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y4, Y4
+	VPSRLW    17584(CX), Y4, Y11
+	VPSLLW    17600(CX), Y4, Y4
+	VPOR      Y11, Y4, Y4
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y4, Y4
+	VMOVDQU Y4, 32(BX)
+	ADDQ    $0x40, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X6, X6
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X6, X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X6, X6
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X7, X7
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X7, X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X7, X7
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y7, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 160(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := base + code<<up
+	VPACKUSDW Y7, Y6, Y6
+	VPSLLW    17568(CX), Y6, Y6
+	VPADDW    17504(CX), Y6, Y6
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y6, Y6
+	VPSRLW    17584(CX), Y6, Y11
+	VPSLLW    17600(CX), Y6, Y6
+	VPOR      Y11, Y6, Y6
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y6, Y6
+	VMOVDQU Y6, (R8)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X8, X8
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X8, X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X8, X8
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X9, X9
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X9, X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X9, X9
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y9, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 224(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := base + code<<up
+	VPACKUSDW Y9, Y8, Y8
+	VPSLLW    17568(CX), Y8, Y8
+	VPADDW    17504(CX), Y8, Y8
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y8, Y8
+	VPSRLW    17584(CX), Y8, Y11
+	VPSLLW    17600(CX), Y8, Y8
+	VPOR      Y11, Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y8, Y8
+	VMOVDQU   Y8, 32(R8)
+	ADDQ      $0x40, R8
+	DECQ      288(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	MOVQ      DI, 16(AX)
+	VMOVDQU   128(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   160(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 256(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 320(AX)
+	VMOVDQU   192(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   224(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 288(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 352(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsAnywhere1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsAnywhere1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 160(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X3, X3
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X3, X3
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X3, X3
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y3, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 32(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y2, Y2, Y7
+	VPXOR      Y2, Y2, Y8
+	VPGATHERDD Y7, 16384(CX)(Y2*4), Y8
+	VPCMPEQD   Y3, Y3, Y7
+	VPXOR      Y3, Y3, Y9
+	VPGATHERDD Y7, 16384(CX)(Y3*4), Y9
+	VPACKUSDW  Y9, Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y8, Y8
+	VMOVDQU Y8, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X4, X4
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X4, X4
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X4, X4
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X5, X5
+	MOVQ        136(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X5, X5
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X5, X5
+	MOVQ        144(SP), DI
+	MOVL        DI, SI
+	VMOVD       (CX)(SI*4), X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x01, (CX)(DI*4), X2, X2
+	MOVQ        152(SP), DI
+	MOVL        DI, SI
+	VPINSRD     $0x02, (CX)(SI*4), X2, X2
+	SHRQ        $0x20, DI
+	VPINSRD     $0x03, (CX)(DI*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y5, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, SI
+	VPMOVZXBD (AX)(SI*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   SI, SI
+	LEAQ      (DX)(SI*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 96(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y4, Y4, Y7
+	VPXOR      Y4, Y4, Y8
+	VPGATHERDD Y7, 16384(CX)(Y4*4), Y8
+	VPCMPEQD   Y5, Y5, Y7
+	VPXOR      Y5, Y5, Y9
+	VPGATHERDD Y7, 16384(CX)(Y5*4), Y9
+	VPACKUSDW  Y9, Y8, Y8
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y8, Y8
+	VMOVDQU   Y8, 32(BX)
+	ADDQ      $0x40, BX
+	DECQ      160(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsAnywhere2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsAnywhere2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), SI
+	MOVQ      80(AX), DI
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), AX
+	MOVQ      AX, 288(SP)
+	LEAQ      wanted<>+0(SB), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y3, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 32(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y2, Y2, Y11
+	VPXOR      Y2, Y2, Y12
+	VPGATHERDD Y11, 16384(CX)(Y2*4), Y12
+	VPCMPEQD   Y3, Y3, Y11
+	VPXOR      Y3, Y3, Y13
+	VPGATHERDD Y11, 16384(CX)(Y3*4), Y13
+	VPACKUSDW  Y13, Y12, Y12
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y12, Y12
+	VMOVDQU Y12, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y5, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 96(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y4, Y4, Y11
+	VPXOR      Y4, Y4, Y12
+	VPGATHERDD Y11, 16384(CX)(Y4*4), Y12
+	VPCMPEQD   Y5, Y5, Y11
+	VPXOR      Y5, Y5, Y13
+	VPGATHERDD Y11, 16384(CX)(Y5*4), Y13
+	VPACKUSDW  Y13, Y12, Y12
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y12, Y12
+	VMOVDQU Y12, 32(BX)
+	ADDQ    $0x40, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X6, X6
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X6, X6
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X6, X6
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X7, X7
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X7, X7
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X7, X7
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y7, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 160(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y6, Y6, Y11
+	VPXOR      Y6, Y6, Y12
+	VPGATHERDD Y11, 16384(CX)(Y6*4), Y12
+	VPCMPEQD   Y7, Y7, Y11
+	VPXOR      Y7, Y7, Y13
+	VPGATHERDD Y11, 16384(CX)(Y7*4), Y13
+	VPACKUSDW  Y13, Y12, Y12
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y12, Y12
+	VMOVDQU Y12, (DI)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X8, X8
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X8, X8
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X8, X8
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X9, X9
+	MOVQ        264(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X9, X9
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X9, X9
+	MOVQ        272(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        280(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y9, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R8
+	VPMOVZXBD (AX)(R8*8), Y12
+	VPMOVZXWD (SI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R8, R8
+	LEAQ      (SI)(R8*2), SI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 224(SP)
+
+	// v := value[code]
+	VPCMPEQD   Y8, Y8, Y11
+	VPXOR      Y8, Y8, Y12
+	VPGATHERDD Y11, 16384(CX)(Y8*4), Y12
+	VPCMPEQD   Y9, Y9, Y11
+	VPXOR      Y9, Y9, Y13
+	VPGATHERDD Y11, 16384(CX)(Y9*4), Y13
+	VPACKUSDW  Y13, Y12, Y12
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y12, Y12
+	VMOVDQU   Y12, 32(DI)
+	ADDQ      $0x40, DI
+	DECQ      288(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	MOVQ      SI, 16(AX)
+	VMOVDQU   128(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   160(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 256(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 320(AX)
+	VMOVDQU   192(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   224(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 288(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 352(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsAnywhereRest1(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsAnywhereRest1(SB), NOSPLIT, $168-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      104(AX), DI
+	MOVQ      DI, 160(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), DI
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y6, Y6, Y6
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y2, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X3, X3
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X3, X3
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X3, X3
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y3, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+
+	// v := value[code]
+	VPCMPEQD   Y2, Y2, Y9
+	VPXOR      Y2, Y2, Y10
+	VPGATHERDD Y9, 16384(CX)(Y2*4), Y10
+	VPCMPEQD   Y3, Y3, Y9
+	VPXOR      Y3, Y3, Y11
+	VPGATHERDD Y9, 16384(CX)(Y3*4), Y11
+	VPACKUSDW  Y11, Y10, Y10
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y10, Y10
+	VPSRLW    17584(CX), Y10, Y7
+	VPSLLW    17600(CX), Y10, Y10
+	VPOR      Y7, Y10, Y10
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y10, Y10
+	VMOVDQU Y10, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y7
+	VPAND       Y0, Y7, Y8
+	VMOVDQU     Y8, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X4, X4
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X4, X4
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X4, X4
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y8
+	VPSRLD  $0x0c, Y7, Y7
+	VPMULLD Y8, Y7, Y7
+	VPSRLD  $0x08, Y4, Y8
+	VPAND   Y0, Y8, Y8
+	VPADDD  Y8, Y7, Y7
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y7, Y9
+	VMOVMSKPS Y9, R8
+	VPMOVZXBD (DI)(R8*8), Y8
+	VPMOVZXWD (DX), Y10
+	VPERMD    Y10, Y8, Y10
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y7, Y8
+	VPOR      Y10, Y8, Y8
+	VBLENDVPS Y9, Y8, Y7, Y7
+	VMOVDQU   Y7, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y7
+	VPSHUFB        17408(CX), Y7, Y7
+	VPSRLVD        17440(CX), Y7, Y7
+	VPAND          17472(CX), Y7, Y7
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y8
+	VPAND       Y0, Y8, Y9
+	VMOVDQU     Y9, 128(SP)
+	MOVQ        128(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X5, X5
+	MOVQ        136(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X5, X5
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X5, X5
+	MOVQ        144(SP), R9
+	MOVL        R9, R8
+	VMOVD       (CX)(R8*4), X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x01, (CX)(R9*4), X2, X2
+	MOVQ        152(SP), R9
+	MOVL        R9, R8
+	VPINSRD     $0x02, (CX)(R8*4), X2, X2
+	SHRQ        $0x20, R9
+	VPINSRD     $0x03, (CX)(R9*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y9
+	VPSRLD  $0x0c, Y8, Y8
+	VPMULLD Y9, Y8, Y8
+	VPSRLD  $0x08, Y5, Y9
+	VPAND   Y0, Y9, Y9
+	VPADDD  Y9, Y8, Y8
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y6, Y8, Y10
+	VMOVMSKPS Y10, R8
+	VPMOVZXBD (DI)(R8*8), Y9
+	VPMOVZXWD (DX), Y11
+	VPERMD    Y11, Y9, Y11
+	POPCNTL   R8, R8
+	LEAQ      (DX)(R8*2), DX
+	VPSLLD    $0x10, Y8, Y9
+	VPOR      Y11, Y9, Y9
+	VBLENDVPS Y10, Y9, Y8, Y8
+	VMOVDQU   Y8, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y8
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y8, Y8
+	VPSRLVD        17440(CX), Y8, Y8
+	VPAND          17472(CX), Y8, Y8
+
+	// v := value[code]
+	VPCMPEQD   Y4, Y4, Y9
+	VPXOR      Y4, Y4, Y10
+	VPGATHERDD Y9, 16384(CX)(Y4*4), Y10
+	VPCMPEQD   Y5, Y5, Y9
+	VPXOR      Y5, Y5, Y11
+	VPGATHERDD Y9, 16384(CX)(Y5*4), Y11
+	VPACKUSDW  Y11, Y10, Y10
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y8, Y7, Y7
+	VPOR      Y7, Y10, Y10
+	VPSRLW    17584(CX), Y10, Y7
+	VPSLLW    17600(CX), Y10, Y10
+	VPOR      Y7, Y10, Y10
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y10, Y10
+	VMOVDQU   Y10, 32(BX)
+	ADDQ      $0x40, BX
+	DECQ      160(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	VZEROUPPER
+	RET
+
+// func slotsWordsAnywhereRest2(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·slotsWordsAnywhereRest2(SB), NOSPLIT, $296-8
+	MOVQ      a+0(FP), AX
+	MOVQ      (AX), CX
+	MOVQ      8(AX), DX
+	MOVQ      72(AX), BX
+	MOVQ      40(AX), SI
+	VPMOVZXWD 128(AX), Y0
+	VPMOVZXWD 192(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, (SP)
+	VPMOVZXWD 144(AX), Y0
+	VPMOVZXWD 208(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 32(SP)
+	VPMOVZXWD 160(AX), Y0
+	VPMOVZXWD 224(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 64(SP)
+	VPMOVZXWD 176(AX), Y0
+	VPMOVZXWD 240(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 96(SP)
+	MOVQ      16(AX), DI
+	MOVQ      80(AX), R8
+	MOVQ      48(AX), R9
+	VPMOVZXWD 256(AX), Y0
+	VPMOVZXWD 320(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 128(SP)
+	VPMOVZXWD 272(AX), Y0
+	VPMOVZXWD 336(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 160(SP)
+	VPMOVZXWD 288(AX), Y0
+	VPMOVZXWD 352(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 192(SP)
+	VPMOVZXWD 304(AX), Y0
+	VPMOVZXWD 368(AX), Y1
+	VPSLLD    $0x10, Y1, Y1
+	VPOR      Y1, Y0, Y0
+	VMOVDQU   Y0, 224(SP)
+	MOVQ      104(AX), R10
+	MOVQ      R10, 288(SP)
+	MOVQ      112(AX), AX
+	SHRQ      $0x02, AX
+	LEAQ      wanted<>+0(SB), R10
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x18, Y0, Y1
+	VPSRLD    $0x14, Y0, Y0
+	VPXOR     Y10, Y10, Y10
+
+turn:
+	// stream 0, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     (SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	VINSERTI128 $0x01, X3, Y2, Y2
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y2, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y2, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y2, Y2
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, (SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     32(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X3, X3
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X3, X3
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X3, X3
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	VINSERTI128 $0x01, X4, Y3, Y3
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y3, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y3, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y3, Y3
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 32(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := value[code]
+	VPCMPEQD   Y2, Y2, Y13
+	VPXOR      Y2, Y2, Y14
+	VPGATHERDD Y13, 16384(CX)(Y2*4), Y14
+	VPCMPEQD   Y3, Y3, Y13
+	VPXOR      Y3, Y3, Y15
+	VPGATHERDD Y13, 16384(CX)(Y3*4), Y15
+	VPACKUSDW  Y15, Y14, Y14
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y14, Y14
+	VPSRLW    17584(CX), Y14, Y11
+	VPSLLW    17600(CX), Y14, Y14
+	VPOR      Y11, Y14, Y14
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y14, Y14
+	VMOVDQU Y14, (BX)
+
+	// stream 0, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     64(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X4, X4
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X4, X4
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X4, X4
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y4, Y4
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y4, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y4, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y4, Y4
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DX), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 64(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 0, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     96(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X5, X5
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X5, X5
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X5, X5
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y5, Y5
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y5, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y5, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y5, Y5
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DX), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DX)(R11*2), DX
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 96(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (SI)(AX*1), Y12
+	LEAQ           (SI)(AX*2), SI
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := value[code]
+	VPCMPEQD   Y4, Y4, Y13
+	VPXOR      Y4, Y4, Y14
+	VPGATHERDD Y13, 16384(CX)(Y4*4), Y14
+	VPCMPEQD   Y5, Y5, Y13
+	VPXOR      Y5, Y5, Y15
+	VPGATHERDD Y13, 16384(CX)(Y5*4), Y15
+	VPACKUSDW  Y15, Y14, Y14
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y14, Y14
+	VPSRLW    17584(CX), Y14, Y11
+	VPSLLW    17600(CX), Y14, Y14
+	VPOR      Y11, Y14, Y14
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y14, Y14
+	VMOVDQU Y14, 32(BX)
+	ADDQ    $0x40, BX
+
+	// stream 1, lanes 0 to 7: e := entry[x&4095]
+	VMOVDQU     128(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X6, X6
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X6, X6
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X6, X6
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y6, Y6
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y6, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y6, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y6, Y6
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 128(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 8 to 15: e := entry[x&4095]
+	VMOVDQU     160(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X7, X7
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X7, X7
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X7, X7
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y7, Y7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y7, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y7, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y7, Y7
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 160(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := value[code]
+	VPCMPEQD   Y6, Y6, Y13
+	VPXOR      Y6, Y6, Y14
+	VPGATHERDD Y13, 16384(CX)(Y6*4), Y14
+	VPCMPEQD   Y7, Y7, Y13
+	VPXOR      Y7, Y7, Y15
+	VPGATHERDD Y13, 16384(CX)(Y7*4), Y15
+	VPACKUSDW  Y15, Y14, Y14
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y14, Y14
+	VPSRLW    17584(CX), Y14, Y11
+	VPSLLW    17600(CX), Y14, Y14
+	VPOR      Y11, Y14, Y14
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ  $0xd8, Y14, Y14
+	VMOVDQU Y14, (R8)
+
+	// stream 1, lanes 16 to 23: e := entry[x&4095]
+	VMOVDQU     192(SP), Y11
+	VPAND       Y0, Y11, Y12
+	VMOVDQU     Y12, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X8, X8
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X8, X8
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X8, X8
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y8, Y12
+	VPSRLD  $0x0c, Y11, Y11
+	VPMULLD Y12, Y11, Y11
+	VPSRLD  $0x08, Y8, Y12
+	VPAND   Y0, Y12, Y12
+	VPADDD  Y12, Y11, Y11
+
+	// code := e&255
+	VPAND Y1, Y8, Y8
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y11, Y13
+	VMOVMSKPS Y13, R11
+	VPMOVZXBD (R10)(R11*8), Y12
+	VPMOVZXWD (DI), Y14
+	VPERMD    Y14, Y12, Y14
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y11, Y12
+	VPOR      Y14, Y12, Y12
+	VBLENDVPS Y13, Y12, Y11, Y11
+	VMOVDQU   Y11, 192(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9), Y11
+	VPSHUFB        17408(CX), Y11, Y11
+	VPSRLVD        17440(CX), Y11, Y11
+	VPAND          17472(CX), Y11, Y11
+
+	// stream 1, lanes 24 to 31: e := entry[x&4095]
+	VMOVDQU     224(SP), Y12
+	VPAND       Y0, Y12, Y13
+	VMOVDQU     Y13, 256(SP)
+	MOVQ        256(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X9, X9
+	MOVQ        264(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X9, X9
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X9, X9
+	MOVQ        272(SP), R12
+	MOVL        R12, R11
+	VMOVD       (CX)(R11*4), X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x01, (CX)(R12*4), X2, X2
+	MOVQ        280(SP), R12
+	MOVL        R12, R11
+	VPINSRD     $0x02, (CX)(R11*4), X2, X2
+	SHRQ        $0x20, R12
+	VPINSRD     $0x03, (CX)(R12*4), X2, X2
+	VINSERTI128 $0x01, X2, Y9, Y9
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x14, Y9, Y13
+	VPSRLD  $0x0c, Y12, Y12
+	VPMULLD Y13, Y12, Y12
+	VPSRLD  $0x08, Y9, Y13
+	VPAND   Y0, Y13, Y13
+	VPADDD  Y13, Y12, Y12
+
+	// code := e&255
+	VPAND Y1, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y10, Y12, Y14
+	VMOVMSKPS Y14, R11
+	VPMOVZXBD (R10)(R11*8), Y13
+	VPMOVZXWD (DI), Y15
+	VPERMD    Y15, Y13, Y15
+	POPCNTL   R11, R11
+	LEAQ      (DI)(R11*2), DI
+	VPSLLD    $0x10, Y12, Y13
+	VPOR      Y15, Y13, Y13
+	VBLENDVPS Y14, Y13, Y12, Y12
+	VMOVDQU   Y12, 224(SP)
+
+	// r := rest[i]
+	VBROADCASTI128 (R9)(AX*1), Y12
+	LEAQ           (R9)(AX*2), R9
+	VPSHUFB        17408(CX), Y12, Y12
+	VPSRLVD        17440(CX), Y12, Y12
+	VPAND          17472(CX), Y12, Y12
+
+	// v := value[code]
+	VPCMPEQD   Y8, Y8, Y13
+	VPXOR      Y8, Y8, Y14
+	VPGATHERDD Y13, 16384(CX)(Y8*4), Y14
+	VPCMPEQD   Y9, Y9, Y13
+	VPXOR      Y9, Y9, Y15
+	VPGATHERDD Y13, 16384(CX)(Y9*4), Y15
+	VPACKUSDW  Y15, Y14, Y14
+
+	// v |= r; v = v>>1 | v<<15 // where the sign is the lowest bit of the rest; the bytes: v<<7
+	VPACKUSDW Y12, Y11, Y11
+	VPOR      Y11, Y14, Y14
+	VPSRLW    17584(CX), Y14, Y11
+	VPSLLW    17600(CX), Y14, Y14
+	VPOR      Y11, Y14, Y14
+
+	// *dst = v; dst++ // packing goes by halves of a vector
+	VPERMQ    $0xd8, Y14, Y14
+	VMOVDQU   Y14, 32(R8)
+	ADDQ      $0x40, R8
+	DECQ      288(SP)
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	VPCMPEQD  Y0, Y0, Y0
+	VPSRLD    $0x10, Y0, Y0
+	MOVQ      DX, 8(AX)
+	VMOVDQU   (SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   32(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 128(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 192(AX)
+	VMOVDQU   64(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   96(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 160(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 224(AX)
+	MOVQ      DI, 16(AX)
+	VMOVDQU   128(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   160(SP), Y4
+	VPAND     Y0, Y4, Y3
+	VPSRLD    $0x10, Y4, Y4
+	VPACKUSDW Y3, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 256(AX)
+	VPACKUSDW Y4, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 320(AX)
+	VMOVDQU   192(SP), Y2
+	VPAND     Y0, Y2, Y1
+	VPSRLD    $0x10, Y2, Y2
+	VMOVDQU   224(SP), Y3
+	VPAND     Y0, Y3, Y0
+	VPSRLD    $0x10, Y3, Y3
+	VPACKUSDW Y0, Y1, Y1
+	VPERMQ    $0xd8, Y1, Y1
+	VMOVDQU   Y1, 288(AX)
+	VPACKUSDW Y3, Y2, Y2
+	VPERMQ    $0xd8, Y2, Y2
+	VMOVDQU   Y2, 352(AX)
+	VZEROUPPER
+	RET

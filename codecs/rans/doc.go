@@ -5,9 +5,8 @@
 // symbol's slots, and the next state is f*(x>>12) + rank; a state that fell below 2^16 takes in the next word. Encoding
 // is the same run backwards, so a decoder reads the words in the order in which it needs them.
 //
-// Which slot belongs to which symbol is what a Layout decides: up to 64 symbols by the alias method, whose tables fit
-// into eight vector registers, more by cumulative frequencies. Both expand to the same 4096-entry table, which is what
-// the plain code here decodes with.
+// Which slot belongs to which symbol is what a Layout decides, by the alias method: its tables, of 64 or 256 buckets, fit
+// into vector registers. They expand to a 4096-entry table, which is what the plain code here decodes with.
 //
 // Sources: J. Duda, Asymmetric numeral systems (arXiv 1311.2540); F. Giesen, Interleaved entropy coders (arXiv
 // 1402.3392) and his alias rANS; M. D. Vose, A linear algorithm for generating random numbers with a given distribution
@@ -23,7 +22,7 @@ const (
 	Slots = 1 << ScaleBits
 	// MaxSymbols is the largest alphabet of a table.
 	MaxSymbols = 256
-	// AliasSymbols is the largest alphabet whose slots are laid out by the alias method.
+	// AliasSymbols is the largest alphabet whose slots are laid out in 64 buckets; others have 256.
 	AliasSymbols = 64
 	// StateBytes is what the states of a block take: 32 low halves, then 32 high halves.
 	StateBytes = 4 * Lanes
@@ -32,4 +31,7 @@ const (
 	bucketBits = 6
 	buckets    = 1 << bucketBits
 	perBucket  = Slots / buckets
+
+	wideBucketBits = 8
+	wideBuckets    = 1 << wideBucketBits
 )

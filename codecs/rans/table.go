@@ -13,31 +13,40 @@ type Table struct {
 	Freq  []uint16
 }
 
-// Layout says which slot belongs to which symbol: up to 64 symbols by alias buckets, more by cumulative frequencies.
+// Layout says which slot belongs to which symbol. There are 1<<Bits buckets, a power of two that is no less than the number
+// of symbols: 64 or 256; bucket k has the slots r<<Bits | k.
 type Layout struct {
-	// Symbol k keeps the slots r<<6 | k with r < Threshold[k]; the others of bucket k belong to Alias[k], and their rank
-	// within it is Offset[k] + r modulo 2^16.
-	Threshold [buckets]uint8
-	Alias     [buckets]uint8
-	Offset    [buckets]uint16
+	Bits uint
+	// Symbol k keeps the slots of bucket k with r < Threshold[k]; the others belong to Alias[k], and their rank within it
+	// is Offset[k] + r modulo 2^16.
+	Threshold [MaxSymbols]uint8
+	Alias     [MaxSymbols]uint8
+	Offset    [MaxSymbols]uint16
 }
 
-// alias distributes the slots. Bucket k first takes min(f, 64) slots of symbol k. Buckets with room are then filled in
-// the order in which they came to have room (at first in ascending order), each by one donor: the lowest symbol that
-// still has slots to place. A donor that runs short gives slots of its own bucket, which is then appended to the buckets
-// with room. Ranks: the slots of the own bucket first, then aliased slots in bucket order, ascending in each.
+// alias distributes the slots, of which a bucket has m. Bucket k first takes min(f, m) slots of symbol k. Buckets with
+// room are then filled in the order in which they came to have room (at first in ascending order), each by one donor:
+// the lowest symbol that still has slots to place. A donor that runs short gives slots of its own bucket, which is then
+// appended to the buckets with room. Ranks: the slots of the own bucket first, then aliased slots in bucket order,
+// ascending in each.
 func (t *Table) alias() (l Layout) {
-	var left [buckets]int // slots of a symbol not placed yet
-	room := make([]int, 0, 2*buckets)
-	for k := range buckets {
+	l.Bits = bucketBits
+	if len(t.Freq) > AliasSymbols {
+		l.Bits = wideBucketBits
+	}
+	n, m := 1<<l.Bits, Slots>>l.Bits
+	var left, used [MaxSymbols]int // slots of a symbol not placed yet; placed already
+	var list [2 * MaxSymbols]uint8
+	room := list[:0]
+	for k := range n {
 		f := 0
 		if k < len(t.Freq) {
 			f = int(t.Freq[k])
 		}
-		own := min(f, perBucket)
+		own := min(f, m)
 		l.Threshold[k], l.Alias[k], left[k] = uint8(own), uint8(k), f-own
-		if own < perBucket {
-			room = append(room, k)
+		if own < m {
+			room = append(room, uint8(k))
 		}
 	}
 	donor := 0
@@ -47,50 +56,47 @@ func (t *Table) alias() (l Layout) {
 			donor++
 		}
 		l.Alias[k] = uint8(donor)
-		need := perBucket - int(l.Threshold[k])
+		need := m - int(l.Threshold[k])
 		if need <= left[donor] {
 			left[donor] -= need
 			continue
 		}
-		l.Threshold[donor] -= uint8(need - left[donor]) // 64 before, and need < 64 + left
+		l.Threshold[donor] -= uint8(need - left[donor]) // m before, and need < m + left
 		left[donor] = 0
-		room = append(room, donor)
+		room = append(room, uint8(donor))
 	}
-	var used [buckets]int
-	for k := range buckets {
+	for k := range n {
 		used[k] = int(l.Threshold[k])
 	}
-	for k := range buckets {
-		if own := int(l.Threshold[k]); own < perBucket {
+	for k := range n {
+		if own := int(l.Threshold[k]); own < m {
 			a := l.Alias[k]
 			l.Offset[k] = uint16(used[a] - own)
-			used[a] += perBucket - own
+			used[a] += m - own
 		}
 	}
 	return l
 }
 
+// runs calls f for every run of slots with one symbol: slots slot, slot + step and so on, n of them, have the ranks from
+// rank on.
+func (t *Table) runs(f func(sym, rank, slot, step, n int)) {
+	l := t.alias()
+	step, m := 1<<l.Bits, Slots>>l.Bits
+	for k := range step {
+		own := int(l.Threshold[k])
+		f(k, 0, k, step, own)
+		f(int(l.Alias[k]), int(l.Offset[k]+uint16(own)), own*step+k, step, m-own)
+	}
+}
+
 // slots calls f for every slot with its symbol and its rank among that symbol's slots.
 func (t *Table) slots(f func(slot, sym, rank int)) {
-	if len(t.Value) > AliasSymbols {
-		slot := 0
-		for s, n := range t.Freq {
-			for rank := range int(n) {
-				f(slot, s, rank)
-				slot++
-			}
+	t.runs(func(sym, rank, slot, step, n int) {
+		for i := range n {
+			f(slot+i*step, sym, rank+i)
 		}
-		return
-	}
-	l := t.alias()
-	for slot := range Slots {
-		k, r := slot%buckets, slot/buckets
-		if r < int(l.Threshold[k]) {
-			f(slot, k, r)
-		} else {
-			f(slot, int(l.Alias[k]), int(l.Offset[k]+uint16(r)))
-		}
-	}
+	})
 }
 
 // Common is the index of the symbol with the highest frequency, the lowest of several.

@@ -47,8 +47,8 @@ func TestRefuse(t *testing.T) {
 		status  core.Status
 		says    string
 	}{
-		"draft":              {swap(`"draft":1`, `"draft":2`), core.UnsupportedVersion, "draft 2"},
-		"no draft":           {swap(`"draft":1`, `"drift":1`), core.UnsupportedVersion, "draft"},
+		"draft":              {swap(`"draft":2`, `"draft":1`), core.UnsupportedVersion, "draft 1"},
+		"no draft":           {swap(`"draft":2`, `"drift":2`), core.UnsupportedVersion, "draft"},
 		"requires":           {swap(`"requires":[]`, `"requires":["warp"]`), core.UnsupportedFeature, `"warp"`},
 		"section":            {swap(`"sections":[`, `"sections":[{"kind":"x","offset":0,"length":0,"checksum":"","optional":false},`), core.Corrupt, "section"},
 		"codec":              {swap(`"codec":"bs_planes"`, `"codec":"qz_planes"`), core.UnsupportedCodec, "qz_planes"},
@@ -100,9 +100,9 @@ func TestRefusesCheaply(t *testing.T) {
 		return append(append(out, end...), binary.LittleEndian.AppendUint64(nil, xxh3.Hash(end))...)
 	}
 	for name, b := range map[string][]byte{
-		"empty entries": grown(`{"writer":"x","draft":1,"tensors":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
-		"long shape":    grown(`{"writer":"x","draft":1,"tensors":[{"name":"a","md5":"` + strings.Repeat("0", 90) + `","shape":[` + strings.Repeat("0,", 1<<20) + `0]}]}`),
-		"sections":      grown(`{"writer":"x","draft":1,"sections":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+		"empty entries": grown(`{"writer":"x","draft":2,"tensors":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+		"long shape":    grown(`{"writer":"x","draft":2,"tensors":[{"name":"a","md5":"` + strings.Repeat("0", 90) + `","shape":[` + strings.Repeat("0,", 1<<20) + `0]}]}`),
+		"sections":      grown(`{"writer":"x","draft":2,"sections":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
 	} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -168,16 +168,22 @@ def read_table(cursor: Cursor, n_values: int) -> Table:
     return Table(symbols, frequencies)
 
 
+def buckets(frequencies: list[int]) -> int:
+    return 64 if len(frequencies) <= 64 else 256
+
+
 def alias_table(frequencies: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Threshold, alias and offset of the 64 buckets."""
-    f = frequencies + [0] * (64 - len(frequencies))
-    threshold = [min(n, 64) for n in f]
-    alias = list(range(64))
+    """Threshold, alias and offset of the buckets."""
+    count = buckets(frequencies)
+    size = 4096 // count
+    f = frequencies + [0] * (count - len(frequencies))
+    threshold = [min(n, size) for n in f]
+    alias = list(range(count))
     left = [n - t for n, t in zip(f, threshold)]
-    room = [k for k in range(64) if threshold[k] < 64]
+    room = [k for k in range(count) if threshold[k] < size]
     for k in room:  # grows while it is walked
-        d = next(d for d in range(64) if left[d] > 0)
-        need = 64 - threshold[k]
+        d = next(d for d in range(count) if left[d] > 0)
+        need = size - threshold[k]
         alias[k] = d
         if need <= left[d]:
             left[d] -= need
@@ -186,49 +192,36 @@ def alias_table(frequencies: list[int]) -> tuple[list[int], list[int], list[int]
             left[d] = 0
             room.append(d)
     used = list(threshold)
-    offset = [0] * 64
-    for k in range(64):
-        if threshold[k] < 64:
+    offset = [0] * count
+    for k in range(count):
+        if threshold[k] < size:
             offset[k] = (used[alias[k]] - threshold[k]) % BLOCK
-            used[alias[k]] += 64 - threshold[k]
+            used[alias[k]] += size - threshold[k]
     return threshold, alias, offset
 
 
 class Tables:
-    """Tables side by side, so that each lane may use its own: alias tables, or slots where symbols are more than 64."""
+    """Tables side by side, so that each lane may use its own."""
 
     def __init__(self, tables: list[Table]) -> None:
         count = len(tables)
         self.count = count
-        self.wide = np.array([len(table.symbols) > 64 for table in tables], bool)
         self.symbol = np.zeros((count, 256), np.uint32)
         self.frequency = np.zeros((count, 256), np.uint32)
-        self.threshold, self.alias, self.offset = np.zeros((3, count, 64), np.uint32)
-        self.index_of_slot = np.zeros((count, 4096 if self.wide.any() else 0), np.uint32)
-        self.rank_of_slot = np.zeros_like(self.index_of_slot)
+        self.threshold, self.alias, self.offset = np.zeros((3, count, 256), np.uint32)
+        self.buckets = np.array([buckets(table.frequencies) for table in tables], np.uint32)
         for t, table in enumerate(tables):
-            size = len(table.symbols)
+            size, n = len(table.symbols), self.buckets[t]
             self.symbol[t, :size] = table.symbols
             self.frequency[t, :size] = table.frequencies
-            if self.wide[t]:
-                first = np.cumsum([0, *table.frequencies[:-1]])
-                self.index_of_slot[t] = np.repeat(np.arange(size), table.frequencies)
-                self.rank_of_slot[t] = np.arange(4096) - first[self.index_of_slot[t]]
-            else:
-                self.threshold[t], self.alias[t], self.offset[t] = alias_table(table.frequencies)
+            self.threshold[t, :n], self.alias[t, :n], self.offset[t, :n] = alias_table(table.frequencies)
 
     def look_up(self, t: Any, slot: Array) -> tuple[Array, Array]:
         """The index of each lane's symbol in its table, and the rank of its slot. t: a table, or one for each lane."""
-        wide = self.wide[t]
-        if np.all(wide):
-            return self.index_of_slot[t, slot], self.rank_of_slot[t, slot]
-        bucket, r = slot & 63, slot >> 6
+        bucket, r = slot % self.buckets[t], slot // self.buckets[t]
         own = r < self.threshold[t, bucket]
         index = np.where(own, bucket, self.alias[t, bucket])
         rank = np.where(own, r, (self.offset[t, bucket] + r) & 65535)
-        if np.any(wide):
-            index = np.where(wide, self.index_of_slot[t, slot], index)
-            rank = np.where(wide, self.rank_of_slot[t, slot], rank)
         return index, rank
 
 
@@ -429,8 +422,8 @@ def count_tables(tables: Tables, chosen: Any, forms: Counter[str], what: str) ->
     used = np.unique(chosen)
     check(tables.count, "a coded plane without table")
     forms[f"{what}.tables_by_class"] += len(used) > 1
-    forms[f"{what}.slots"] += bool(tables.wide[used].any())
-    forms[f"{what}.alias"] += not tables.wide[used].all()
+    for n in tables.buckets[used]:
+        forms[f"{what}.buckets_{n}"] += 1
 
 
 def read_field(
@@ -715,7 +708,7 @@ class BsFile:
         check(xxh3(data[:start]) == header_hash, "header", "checksum")
         check(reserved == 0, "reserved bytes of the trailer", "unsupported_feature")
         header = read_json(data[10:start])
-        check(header.get("draft") == 1, "draft", "unsupported_version")
+        check(header.get("draft") == 2, "draft", "unsupported_version")
         check(not get(header, "requires", list, []), "a feature that is required", "unsupported_feature")
         self.start = start
         self._read_tensors(header, length)

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
             "transform.plain",
             "block.coded",
             "field.rotated",
-            "plane.coded.alias",
+            "plane.coded.buckets_64",
             "plane.coded.patched",
             "plane.coded.ragged",
         ],
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
         lambda: np.minimum(np.random.default_rng(0).zipf(1.5, 10000), 1 << 30).astype("<i4"),
         ["plane.constant.patched", "plane.constant.patches_stored"],
     ),
-    "wide_bytes": ("balanced", "I8", lambda: small_integers(normal(40001) * 20), ["plane.coded.slots"]),
+    "wide_bytes": ("balanced", "I8", lambda: small_integers(normal(40001) * 20), ["plane.coded.buckets_256"]),
     "f32": ("balanced", "F32", lambda: weights(3, 5000), ["plane.raw"]),
     "counting": ("balanced", "I64", lambda: np.arange(9000, dtype="<i8"), ["plane.zstd"]),
     "zero_low_bits": (
@@ -134,7 +134,7 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
         "balanced",
         "I8",
         lambda: small_integers(np.concatenate([normal(GROUP) * 2, normal(9001) * 30])),
-        ["plane.tables_by_group", "plane.coded.alias", "plane.coded.slots"],
+        ["plane.tables_by_group", "plane.coded.buckets_64", "plane.coded.buckets_256"],
     ),
     "of_integers": (
         "storage",
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
             "plane.paired",
             "plane.paired.ragged",
             "mantissa.paired",
-            "mantissa.paired.alias",
+            "mantissa.paired.buckets_64",
             "mantissa.paired.tables_by_class",
         ],
     ),
@@ -161,7 +161,7 @@ BASE_FORMS = [
     "transform.base_difference",
     "difference.constant",
     "difference.constant.patched",
-    "difference.coded.alias",
+    "difference.coded.buckets_64",
     "difference.coded.patched",
     "difference.coded.ragged",
     "difference.coded.tables_by_class",
@@ -196,7 +196,7 @@ def test_every_form_has_its_case() -> None:
     aimed = {form for *_, forms in CASES.values() for form in forms} | set(BASE_FORMS)
     every = {f"transform.{name}" for name in TRANSFORMS} | {f"block.{kind}" for kind in BLOCK_KINDS}
     every |= {f"codec.{name}" for name in CODECS}
-    every |= {f"plane.{kind}" for kind in ("raw", "constant", "coded.alias", "coded.slots", "zstd", "paired")}
+    every |= {f"plane.{kind}" for kind in ("raw", "constant", "coded.buckets_64", "coded.buckets_256", "zstd", "paired")}
     every.add("mantissa.paired")
     assert every <= aimed
 

@@ -12,16 +12,21 @@ import (
 
 // Offsets in rans.aliasTable.
 const (
-	tabEntry   = 0 // 64 words each
-	tabOffset  = 128
-	tabFreq    = 256
-	tabValue   = 384
-	tabLow     = 512 // 64 bytes each
-	tabHigh    = 576
-	tabShift   = 640
-	tabTurn    = 704
-	tabKeep    = 768
-	tabKeepTop = 832
+	tabEntry  = 0 // 64 words each
+	tabOffset = 128
+	tabFreq   = 256
+	tabValue  = 384
+	tabRest   = 512 // rans.restTable
+)
+
+// Offsets in rans.restTable: 64 bytes each.
+const (
+	restLow     = 0
+	restHigh    = 64
+	restShift   = 128
+	restTurn    = 192
+	restKeep    = 256
+	restKeepTop = 320
 )
 
 type stream struct {
@@ -42,17 +47,18 @@ func load(table reg.GPVirtual, disp int) reg.VecVirtual {
 	return v
 }
 
-func (f form) elements(args, table reg.GPVirtual) *elements {
+// elements takes them from a restTable.
+func (f form) elements(args, table reg.GPVirtual, rest int) *elements {
 	e := &elements{form: f}
 	if f.rest == noRest {
 		return e
 	}
-	e.low, e.shift, e.keep = load(table, tabLow), load(table, tabShift), load(table, tabKeep)
+	e.low, e.shift, e.keep = load(table, rest+restLow), load(table, rest+restShift), load(table, rest+restKeep)
 	if f.size == 1 {
-		e.keepTop = load(table, tabKeepTop)
+		e.keepTop = load(table, rest+restKeepTop)
 	}
 	if f.rest == wideRest {
-		e.high, e.turn = load(table, tabHigh), load(table, tabTurn)
+		e.high, e.turn = load(table, rest+restHigh), load(table, rest+restTurn)
 	}
 	step := GP64()
 	MOVQ(Mem{Base: args, Disp: argRestStep}, step)
@@ -145,7 +151,7 @@ func alias(f form, streams int) {
 	off0, off1 := load(table, tabOffset), load(table, tabOffset+64)
 	freq0, freq1 := load(table, tabFreq), load(table, tabFreq+64)
 	value0, value1 := load(table, tabValue), load(table, tabValue+64)
-	e := f.elements(args, table)
+	e := f.elements(args, table, tabRest)
 	ones := ZMM()
 	VPTERNLOGD(U8(0xff), ones, ones, ones)
 	high := ext.Dword("high4", 0xf000f000)

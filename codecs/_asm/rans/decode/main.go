@@ -59,6 +59,18 @@ func main() {
 			alias(f, streams)
 		}
 	}
+	packing := newPacking()
+	for _, f := range forms {
+		for streams := 1; streams <= 4; streams++ {
+			wide(f, streams, packing)
+		}
+	}
+	wanted := wanted()
+	for _, f := range slotForms {
+		for streams := 1; streams <= 2; streams++ {
+			slots(f, streams, wanted)
+		}
+	}
 	Generate()
 }
 
