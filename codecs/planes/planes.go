@@ -195,54 +195,81 @@ func Unpack(values []uint16, src []byte, bits uint8) {
 // JoinDirect is Join for a lone field without mant of words of one or two bytes, straight into dst: sym, the packed rest,
 // and shift zero bits below.
 func (f Field) JoinDirect(dst []byte, sym []uint16, packed []byte, size int, shift uint8) {
-	// Four elements at a time, each in sixteen bits of a 64-bit word; nothing crosses over, since a word has 16 bits.
-	const ones = 0x0001_0001_0001_0001
+	dst = dst[:size*len(sym)]
+	if up := f.Up(shift); size == 1 {
+		for i, v := range sym {
+			dst[i] = uint8(v << (up & 15))
+		}
+	} else {
+		for i, v := range sym {
+			binary.LittleEndian.PutUint16(dst[2*i:], v<<(up&15))
+		}
+	}
+	f.Merge(dst, packed, size, shift)
+}
+
+// Up is how many bits up a symbol stands in a word of JoinDirect.
+func (f Field) Up(shift uint8) uint { return uint(f.Rest+shift) - uint(boolInt(f.Rotate)) }
+
+// Merge puts the packed rest into words that have their symbols, where it is zero.
+func (f Field) Merge(dst, packed []byte, size int, shift uint8) {
 	r := uint(f.Rest)
-	mask := uint64(1)<<r - 1
-	drop, top := uint(0), uint(0) // the rotation: the lowest bit of rest goes to the top
-	signs := uint64(0)
+	if r == 0 {
+		return
+	}
+	ones := uint64(0x0001_0001_0001_0001)
+	if size == 1 {
+		ones = 0x0101_0101_0101_0101
+	}
+	drop, top, signs := uint(0), uint(0), uint64(0) // the rotation: the lowest bit of the rest goes to the top
 	if f.Rotate {
 		drop, top, signs = 1, f.Bits()-1, ones
 	}
-	keep := (mask >> drop) * ones
-	up, down := r-drop, uint(shift)
-	i, pos := 0, uint(0)
-	for ; i+4 <= len(sym) && int(pos>>3)+8 <= len(packed)+8*boolInt(r == 0); i += 4 {
-		q := sym[i : i+4 : i+4]
-		w := (uint64(q[0]) | uint64(q[1])<<16 | uint64(q[2])<<32 | uint64(q[3])<<48) << (up & 15)
-		if r > 0 {
-			v := binary.LittleEndian.Uint64(packed[pos>>3:]) >> (pos & 7)
-			pos += 4 * r
-			v = v&mask | v>>(r&63)&mask<<16 | v>>(2*r&63)&mask<<32 | v>>(3*r&63)&mask<<48
-			w |= v>>(drop&63)&keep | v&signs<<(top&63)
-		}
-		w <<= down & 15
-		if size == 2 {
-			binary.LittleEndian.PutUint64(dst[2*i:], w)
+	one, two, four := uint64(1)<<r-1, uint64(1)<<(2*r)-1, uint64(1)<<(4*r)-1
+	keep := one >> drop * ones
+	half, bit := r/2, 4*r%8 // where the rest of the fifth word begins
+	// Eight words at a time, whose rest is r bytes. Their parts move to where the words are, by halves.
+	for len(dst) >= 8*size {
+		var v, w uint64
+		if len(packed) >= 16 {
+			v, w = binary.LittleEndian.Uint64(packed), binary.LittleEndian.Uint64(packed[half&7:])
+			packed = packed[r&15:]
 		} else {
-			w |= w >> 8
-			binary.LittleEndian.PutUint32(dst[i:], uint32(w&0xffff|w>>16&0xffff0000))
+			var end [16]byte
+			copy(end[:], packed)
+			v, w = binary.LittleEndian.Uint64(end[:]), binary.LittleEndian.Uint64(end[half&7:])
+			packed = packed[min(int(r), len(packed)):]
 		}
+		if size == 1 {
+			v = apart(v, four, 32-4*r, 32)
+			v = apart(v, two|two<<32, 16-2*r, 16)
+			v = apart(v, one*0x0001_0001_0001_0001, 8-r, 8)
+			v = (v>>(drop&63)&keep | v&signs<<(top&63)) << (shift & 63)
+			binary.LittleEndian.PutUint64(dst, binary.LittleEndian.Uint64(dst)|v)
+			dst = dst[8:]
+			continue
+		}
+		v = apart(v, two, 32-2*r, 32)
+		v = apart(v, one|one<<32, 16-r, 16)
+		v = (v>>(drop&63)&keep | v&signs<<(top&63)) << (shift & 63)
+		binary.LittleEndian.PutUint64(dst, binary.LittleEndian.Uint64(dst)|v)
+		w = apart(w>>(bit&63), two, 32-2*r, 32)
+		w = apart(w, one|one<<32, 16-r, 16)
+		w = (w>>(drop&63)&keep | w&signs<<(top&63)) << (shift & 63)
+		binary.LittleEndian.PutUint64(dst[8:], binary.LittleEndian.Uint64(dst[8:])|w)
+		dst = dst[16:]
 	}
-	var rest [4]uint16
-	var tail [8]byte
-	for ; i < len(sym); i += 4 { // the last few, and those whose rest lies in the last eight bytes
-		n := min(4, len(sym)-i)
-		words := [4]uint64{}
-		at := tail[:copy(tail[:], packed[pos>>3:])]
-		if pos&7 != 0 { // an odd rest begins in the middle of a byte
-			binary.LittleEndian.PutUint64(tail[:], binary.LittleEndian.Uint64(tail[:])>>4)
-		}
-		pos += 4 * r
-		if r > 0 {
-			Unpack(rest[:n], at, f.Rest)
-		}
-		field := f
-		field.Shift = 0
-		field.Join(words[:n], sym[i:i+n], nil, rest[:])
-		Store(dst[i*size:], words[:n], size, shift)
-		clear(tail[:])
+	if len(dst) > 0 {
+		var end [16]byte
+		copy(end[:], dst)
+		f.Merge(end[:8*size], packed, size, shift)
+		copy(dst, end[:])
 	}
+}
+
+// apart leaves the bits of mask where they are and moves as many above them up by n, to begin at width.
+func apart(v, mask uint64, n, width uint) uint64 {
+	return v&mask | v<<(n&63)&(mask<<(width&63))
 }
 
 // SplitDirect is Split and Pack for a lone field without mant of words of two bytes, straight from src: it fills sym and

@@ -1,7 +1,6 @@
 package rans
 
 import (
-	"encoding/binary"
 	"unsafe"
 
 	"bigsmall.dev/bigsmall/codecs/planes"
@@ -37,7 +36,6 @@ type Batch struct {
 
 	streams [BatchStreams]stream
 	n       int
-	sym     [64 * Lanes]uint16
 	args    turns
 }
 
@@ -94,12 +92,24 @@ func (b *Batch) Next(d *Decoder, count int) {
 	}
 	for k := range b.n {
 		for s := &b.streams[k]; s.todo > 0; {
-			n := min(s.todo, len(b.sym))
-			s.symbols(b.sym[:n], d)
-			d.element.put(s.dst[:n*d.element.Size], b.sym[:n], s.rest)
+			n := min(s.todo, chunk)
+			s.plain(s.dst[:n*d.element.Size], d)
 			s.skip(n, d.element)
 		}
 	}
+}
+
+// chunk is how many elements plain code makes before it merges their rest, in the nearest cache.
+const chunk = 64 * Lanes
+
+// plain makes elements: first their symbols, then their rest.
+func (s *stream) plain(dst []byte, d *Decoder) {
+	if d.element.Size == 1 {
+		decodeInto(&s.lanes, dst, d.entries(), &d.bytes)
+	} else {
+		decodeInto(&s.lanes, unsafe.Slice((*[2]uint8)(unsafe.Pointer(unsafe.SliceData(dst))), len(dst)/2), d.entries(), &d.words)
+	}
+	d.element.Field.Merge(dst, s.rest, d.element.Size, 0)
 }
 
 // skip moves past n elements.
@@ -109,22 +119,6 @@ func (s *stream) skip(n int, e Element) {
 	s.dst = s.dst[n*e.Size:]
 	if s.left > 0 { // n is a multiple of 32, so the rest goes on at a byte
 		s.rest = s.rest[n*int(e.Field.Rest)/8:]
-	}
-}
-
-// put makes elements of symbols.
-func (e Element) put(dst []byte, sym []uint16, rest []byte) {
-	switch {
-	case e.Field.Rest > 0:
-		e.Field.JoinDirect(dst, sym, rest, e.Size, 0)
-	case e.Size == 1:
-		for i, v := range sym {
-			dst[i] = uint8(v << e.Shift)
-		}
-	default:
-		for i, v := range sym {
-			binary.LittleEndian.PutUint16(dst[2*i:], v<<e.Shift)
-		}
 	}
 }
 

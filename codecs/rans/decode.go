@@ -11,6 +11,8 @@ type Decoder struct {
 	table   *Table
 	element Element
 	value   [MaxSymbols]uint16
+	words   [MaxSymbols][2]uint8 // elements of symbols, their rest zero
+	bytes   [MaxSymbols]uint8    // the same of one byte
 
 	expand sync.Once
 	slots  *slotTable
@@ -48,6 +50,10 @@ var itself = func() (code [MaxSymbols]uint8) {
 func NewDecoder(t *Table, e Element) *Decoder {
 	d := &Decoder{table: t, element: e}
 	copy(d.value[:], t.Value)
+	for k, v := range t.Value {
+		w := v << e.Field.Up(e.Shift)
+		d.words[k], d.bytes[k] = [2]uint8{uint8(w), uint8(w >> 8)}, uint8(w)
+	}
 	return d
 }
 
@@ -100,22 +106,21 @@ func (l *lanes) close() (carry [Lanes]uint16, err error) {
 	return carry, nil
 }
 
-// symbols decodes the next len(values) symbols, which begin a turn.
-func (l *lanes) symbols(values []uint16, d *Decoder) {
-	t := d.entries()
+// decodeInto makes the next len(dst) elements, which begin a turn: element[k] of symbol k.
+func decodeInto[T uint8 | [2]uint8](l *lanes, dst []T, t *slotTable, element *[MaxSymbols]T) {
 	i, at := 0, 0
 	// A turn may take 32 words: while that many are left none needs a check of its own.
-	for ; i+Lanes <= len(values) && at+2*Lanes <= len(l.words); i += Lanes {
-		at += 2 * int(turn(&l.x, t, &d.value, (*[2 * Lanes]byte)(l.words[at:]), (*[Lanes]uint16)(values[i:])))
+	for ; i+Lanes <= len(dst) && at+2*Lanes <= len(l.words); i += Lanes {
+		at += 2 * int(turn(&l.x, t, element, (*[2 * Lanes]byte)(l.words[at:]), (*[Lanes]T)(dst[i:])))
 	}
 	l.words = l.words[at:]
-	for ; i < len(values) && !l.short; i++ {
-		values[i] = l.one(i%Lanes, t, &d.value)
+	for ; i < len(dst) && !l.short; i++ {
+		dst[i] = element[l.one(i%Lanes, t)]
 	}
 }
 
 // one decodes one symbol.
-func (l *lanes) one(lane int, t *slotTable, value *[MaxSymbols]uint16) uint16 {
+func (l *lanes) one(lane int, t *slotTable) uint8 {
 	e := t[l.x[lane]%Slots]
 	v := l.x[lane]>>ScaleBits*(e>>20) + e>>8%Slots
 	if v < lower {
@@ -127,7 +132,7 @@ func (l *lanes) one(lane int, t *slotTable, value *[MaxSymbols]uint16) uint16 {
 		l.words = l.words[2:]
 	}
 	l.x[lane] = v
-	return value[uint8(e)]
+	return uint8(e)
 }
 
 // PairOf is where the second string of symbols of a stream goes: value i is decoded with
@@ -165,12 +170,12 @@ func DecodeClasses(values []uint16, src []byte, tables []*Decoder, classes []uin
 			if classes != nil {
 				k = classes[i+j]
 			}
-			values[i+j] = l.one(j, first[k], &tables[k].value)
+			values[i+j] = tables[k].value[l.one(j, first[k])]
 		}
 		if pair != nil {
 			for j := range n {
 				k := pair.Class[uint8(values[i+j]>>pair.Shift)]
-				pair.Values[i+j] = l.one(j, second[k], &pair.Tables[k].value)
+				pair.Values[i+j] = pair.Tables[k].value[l.one(j, second[k])]
 			}
 		}
 	}
@@ -192,24 +197,24 @@ func step(v, e uint32, win *[2 * Lanes]byte, p uint) (uint32, uint) {
 // compiler keeps the position on the stack, and the chain through memory costs half the speed.
 //
 //go:noinline
-func turn(x *[Lanes]uint32, t *slotTable, value *[MaxSymbols]uint16, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
+func turn[T uint8 | [2]uint8](x *[Lanes]uint32, t *slotTable, element *[MaxSymbols]T, win *[2 * Lanes]byte, out *[Lanes]T) (p uint) {
 	for j := 0; j < Lanes; j += 4 {
-		y, o := (*[4]uint32)(x[j:]), (*[4]uint16)(out[j:])
+		y, o := (*[4]uint32)(x[j:]), (*[4]T)(out[j:])
 		v := y[0]
 		e := t[v%Slots]
-		o[0] = value[uint8(e)]
+		o[0] = element[uint8(e)]
 		y[0], p = step(v, e, win, p)
 		v = y[1]
 		e = t[v%Slots]
-		o[1] = value[uint8(e)]
+		o[1] = element[uint8(e)]
 		y[1], p = step(v, e, win, p)
 		v = y[2]
 		e = t[v%Slots]
-		o[2] = value[uint8(e)]
+		o[2] = element[uint8(e)]
 		y[2], p = step(v, e, win, p)
 		v = y[3]
 		e = t[v%Slots]
-		o[3] = value[uint8(e)]
+		o[3] = element[uint8(e)]
 		y[3], p = step(v, e, win, p)
 	}
 	return p

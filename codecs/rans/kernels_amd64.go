@@ -172,11 +172,10 @@ func (w *wideTable) fill(t *Table, e Element) {
 
 // base is the element of a symbol with a rest of zero, or, for a wide rest, that before it is rotated.
 func (e Element) base(sym uint16) uint16 {
-	up := uint(e.Shift) + uint(e.Field.Rest)
-	if e.Field.Rotate && e.form() != 2 {
-		up--
+	if e.form() == 2 {
+		return sym << e.Field.Rest
 	}
-	return sym << up
+	return sym << e.Field.Up(e.Shift)
 }
 
 func (r *restTable) fill(e Element) {
