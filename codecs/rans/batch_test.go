@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"unsafe"
 
 	"github.com/stretchr/testify/require"
 
@@ -120,9 +121,33 @@ func TestBatch(t *testing.T) {
 						testBatch(t, r, table, d, streams, n)
 					}
 				}
+				for _, table := range []*Table{steep(r, table), within(r, table, bits, 256), within(r, table, bits, 257)} {
+					testBatch(t, r, table, NewDecoder(table, e), 1+r.IntN(BatchStreams), 1000)
+				}
 			}
 		}
 	})
+}
+
+// steep is the table with one slot for every symbol but one.
+func steep(r *rand.Rand, t *Table) *Table {
+	s := &Table{Value: t.Value, Freq: make([]uint16, len(t.Freq))}
+	for i := range s.Freq {
+		s.Freq[i] = 1
+	}
+	s.Freq[r.IntN(len(s.Freq))] = uint16(Slots - len(s.Freq) + 1)
+	return s
+}
+
+// within is the table with values from the first to the last of a range of n, or of as many as symBits can hold.
+func within(r *rand.Rand, t *Table, symBits uint8, n int) *Table {
+	n = min(n, 1<<symBits)
+	first := r.IntN(1<<symBits - n + 1)
+	values := []uint16{uint16(first), uint16(first + n - 1)}
+	for _, v := range r.Perm(n - 2)[:len(t.Value)-2] {
+		values = append(values, uint16(first+1+v))
+	}
+	return &Table{Value: values, Freq: t.Freq}
 }
 
 const guard = 0xa5
@@ -131,6 +156,7 @@ func testBatch(t *testing.T, r *rand.Rand, table *Table, d *Decoder, streams, n 
 	e := d.element
 	name := fmt.Sprintf("%+v, %d symbols, %d streams of about %d", e, len(table.Value), streams, n)
 	var b Batch
+	b.Past = r.IntN(2) == 0
 	var all []codedStream
 	var dst [][]byte
 	for k := range streams {
@@ -142,9 +168,13 @@ func testBatch(t *testing.T, r *rand.Rand, table *Table, d *Decoder, streams, n 
 		rest := append(make([]byte, 0, len(c.rest)+slack), c.rest...)
 		require.NoError(t, b.Add(src[:len(src):len(src)+slack], rest[:len(rest):len(rest)+slack], c.n), name)
 		at := r.IntN(65)
-		out := bytes.Repeat([]byte{guard}, at+len(c.want)+200)
+		out := bytes.Repeat([]byte{guard}, 64+at+len(c.want)+200)
+		if b.Past { // which takes 64 bytes
+			at = -int(uintptr(unsafe.Pointer(unsafe.SliceData(out)))) & 63
+		}
 		dst = append(dst, out[at:])
 		b.Target(k, out[at:at+len(c.want)])
+		b.Ahead = src
 	}
 	step := n
 	if r.IntN(2) == 0 {
@@ -277,4 +307,23 @@ func BenchmarkDecode(b *testing.B) {
 			copy(x, y)
 		}
 	})
+}
+
+// What a table costs before the first symbol.
+func BenchmarkNewDecoder(b *testing.B) {
+	r := rand.New(rand.NewPCG(9, 10))
+	for _, symbols := range []int{30, 256} {
+		table := randomTable(r, symbols)
+		for tier := cpu.Generic; tier <= cpu.Best(); tier++ {
+			require.NoError(b, cpu.Use(tier.String()))
+			b.Run(fmt.Sprintf("%d/%s", symbols, tier), func(b *testing.B) {
+				for b.Loop() {
+					if d := NewDecoder(table, Symbols); d.kernel() == nil {
+						d.entries()
+					}
+				}
+			})
+		}
+	}
+	require.NoError(b, cpu.Use(""))
 }

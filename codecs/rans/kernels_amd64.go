@@ -15,17 +15,17 @@ type tierTables struct {
 	alias struct {
 		sync.Once
 		kernel
-		aliasTable
+		*aliasTable
 	}
 	wide struct {
 		sync.Once
 		kernel
-		wideTable
+		*wideTable
 	}
 	slots struct {
 		sync.Once
 		kernel
-		slotTables
+		*slotTables
 	}
 }
 
@@ -35,20 +35,23 @@ func (d *Decoder) kernel() *kernel {
 	switch {
 	case tier >= cpu.AVX512 && len(d.table.Value) <= AliasSymbols:
 		t.alias.Do(func() {
+			t.alias.aliasTable = new(aliasTable)
 			t.alias.fill(d.table, d.element)
-			t.alias.kernel = d.element.choose(&aliasKernels, unsafe.Pointer(&t.alias.aliasTable))
+			t.alias.kernel = d.element.choose(&aliasKernels, unsafe.Pointer(t.alias.aliasTable))
 		})
 		return &t.alias.kernel
 	case tier >= cpu.AVX512:
 		t.wide.Do(func() {
+			t.wide.wideTable = new(wideTable)
 			t.wide.fill(d.table, d.element)
-			t.wide.kernel = d.element.choose(&wideKernels, unsafe.Pointer(&t.wide.wideTable))
+			t.wide.kernel = d.element.choose(&wideKernels, unsafe.Pointer(t.wide.wideTable))
 		})
 		return &t.wide.kernel
 	case tier >= cpu.AVX2:
 		t.slots.Do(func() {
+			t.slots.slotTables = new(slotTables)
 			run := t.slots.fill(d.table, d.element)
-			t.slots.kernel = kernel{run, unsafe.Pointer(&t.slots.slotTables), 3*int(d.element.Field.Rest) + 16, nil}
+			t.slots.kernel = kernel{run, unsafe.Pointer(t.slots.slotTables), 3*int(d.element.Field.Rest) + 16, nil}
 		})
 		return &t.slots.kernel
 	}
