@@ -196,7 +196,9 @@ def test_every_form_has_its_case() -> None:
     aimed = {form for *_, forms in CASES.values() for form in forms} | set(BASE_FORMS)
     every = {f"transform.{name}" for name in TRANSFORMS} | {f"block.{kind}" for kind in BLOCK_KINDS}
     every |= {f"codec.{name}" for name in CODECS}
-    every |= {f"plane.{kind}" for kind in ("raw", "constant", "coded.buckets_64", "coded.buckets_256", "zstd", "paired")}
+    every |= {
+        f"plane.{kind}" for kind in ("raw", "constant", "coded.buckets_64", "coded.buckets_256", "zstd", "paired")
+    }
     every.add("mantissa.paired")
     assert every <= aimed
 
