@@ -85,13 +85,12 @@ func (e *Encoding) countGroup(g int, h *hist, s *Scratch) error {
 		if err != nil {
 			return err
 		}
-		shift := upper.SymCut(e.word, e.shift).Shift
 		switch {
 		case e.word == 2 && lowBytes == 0:
-			h.count16(raw, shift, s)
+			h.count16(raw)
 			return nil
-		case e.word == 4 && lowBytes <= 2:
-			h.count32(raw, shift, e.shift, lowBytes, s)
+		case e.word == 4 && lowBytes == 2:
+			h.count32(raw, e.shift)
 			return nil
 		}
 	}
@@ -113,62 +112,44 @@ func (e *Encoding) countGroup(g int, h *hist, s *Scratch) error {
 	return nil
 }
 
-const topMask = 1<<topBits - 1
-
-// count16 counts 12 bits of words of 16. Two tables in turn: to count the same again has to wait for the store.
-func (h *hist) count16(raw []byte, shift uint8, s *Scratch) {
-	shift &= 15
-	other := &h.top
-	if len(raw) > 1<<15 {
-		other = &s.encode.other.top
-		*other = [1 << topBits]uint32{}
-		defer func() {
-			for i, c := range other {
-				h.top[i] += c
-			}
-		}()
-	}
+// count16 counts the top 12 bits of words of 16. More tables would not help: what comes up twice in a row is rare, and
+// tables that lie a power of two apart are taken for one another.
+func (h *hist) count16(raw []byte) {
 	for ; len(raw) >= 16; raw = raw[16:] {
-		v, w := binary.LittleEndian.Uint64(raw), binary.LittleEndian.Uint64(raw[8:])
-		v, w = v>>shift, w>>shift
-		h.top[v&topMask]++
-		other[v>>16&topMask]++
-		h.top[v>>32&topMask]++
-		other[v>>48&topMask]++
-		h.top[w&topMask]++
-		other[w>>16&topMask]++
-		h.top[w>>32&topMask]++
-		other[w>>48&topMask]++
+		r := (*[16]byte)(raw)
+		h.top[binary.LittleEndian.Uint16(r[0:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[2:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[4:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[6:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[8:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[10:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[12:])>>(16-topBits)]++
+		h.top[binary.LittleEndian.Uint16(r[14:])>>(16-topBits)]++
 	}
 	for ; len(raw) > 0; raw = raw[2:] {
-		h.top[binary.LittleEndian.Uint16(raw)>>shift&topMask]++
+		h.top[binary.LittleEndian.Uint16(raw)>>(16-topBits)]++
 	}
 }
 
-// count32 counts 12 bits of words of 32, and up to two bytes from bit low on.
-func (h *hist) count32(raw []byte, shift, low uint8, lowBytes int, s *Scratch) {
-	shift, low = shift&31, low&31
-	other := &s.encode.other
-	*other = hist{}
+// count32 counts the top 12 bits of words of 32, and two bytes from bit shift on.
+func (h *hist) count32(raw []byte, shift uint8) {
+	shift &= 31
+	top, low, high := &h.top, &h.low[0], &h.low[1]
 	for ; len(raw) >= 8; raw = raw[8:] {
 		v, w := binary.LittleEndian.Uint32(raw), binary.LittleEndian.Uint32(raw[4:])
-		h.top[v>>shift&topMask]++
-		other.top[w>>shift&topMask]++
-		v, w = v>>low, w>>low
-		h.low[0][uint8(v)]++
-		other.low[0][uint8(w)]++
-		h.low[1][uint8(v>>8)]++
-		other.low[1][uint8(w>>8)]++
+		top[v>>(32-topBits)]++
+		top[w>>(32-topBits)]++
+		v, w = v>>shift, w>>shift
+		low[uint8(v)]++
+		high[uint8(v>>8)]++
+		low[uint8(w)]++
+		high[uint8(w>>8)]++
 	}
 	if len(raw) > 0 {
 		v := binary.LittleEndian.Uint32(raw)
-		h.top[v>>shift&topMask]++
-		h.low[0][uint8(v>>low)]++
-		h.low[1][uint8(v>>low>>8)]++
-	}
-	h.add(other)
-	for i := range h.low[lowBytes:] { // counted for nothing
-		h.low[lowBytes+i] = [256]uint32{}
+		top[v>>(32-topBits)]++
+		low[uint8(v>>shift)]++
+		high[uint8(v>>shift>>8)]++
 	}
 }
 

@@ -558,14 +558,28 @@ func (e *Encoding) constantCost(sets [][]uint64) uint64 {
 // of them each set got (0 for a set without a table) and what coding everything takes.
 func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, cost uint64) {
 	type node struct {
-		counts []uint64
+		counts []uint64 // from first to last
 		cost   uint64
 		sets   []int
 	}
+	// Most values never come up: what lies outside of those that do is left out of all sums.
+	first, last := len(sets[0]), 0
+	for _, s := range sets {
+		lo := 0
+		for lo < first && s[lo] == 0 {
+			lo++
+		}
+		hi := len(s)
+		for hi > last && s[hi-1] == 0 {
+			hi--
+		}
+		first, last = min(first, lo), max(last, hi)
+	}
+	first = min(first, last)
 	var nodes []*node
 	for i, s := range sets {
-		if c, any := entropy(s); any {
-			nodes = append(nodes, &node{s, c, []int{i}})
+		if c, any := entropy(s[first:last]); any {
+			nodes = append(nodes, &node{s[first:last], c, []int{i}})
 		}
 	}
 	type merge struct {
@@ -573,12 +587,15 @@ func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, c
 		gain int64
 	}
 	seen := map[[2]*node]merge{}
+	sums := make([]uint64, last-first)
 	look := func(a, b *node) merge {
 		m, ok := seen[[2]*node{a, b}]
 		if !ok {
-			counts := sum([][]uint64{a.counts, b.counts})
-			c, _ := entropy(counts)
-			m = merge{&node{counts, c, slices.Concat(a.sets, b.sets)}, int64(a.cost+b.cost) - int64(c)}
+			for i, c := range a.counts {
+				sums[i] = c + b.counts[i]
+			}
+			c, _ := entropy(sums)
+			m = merge{&node{nil, c, nil}, int64(a.cost+b.cost) - int64(c)}
 			seen[[2]*node{a, b}] = m
 		}
 		return m
@@ -599,12 +616,16 @@ func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, c
 		if best.gain < 0 && len(nodes) <= MaxTables {
 			break
 		}
-		nodes[at] = best.to
+		to, a, b := best.to, nodes[at], nodes[with]
+		to.counts, to.sets = sum([][]uint64{a.counts, b.counts}), slices.Concat(a.sets, b.sets)
+		nodes[at] = to
 		nodes = slices.Delete(nodes, with, with+1)
 	}
+	counts := make([]uint64, len(sets[0]))
 	of = make([]uint8, len(sets))
 	for _, n := range nodes {
-		t, c := rans.Build(n.counts, alphabet, patchBits)
+		copy(counts[first:], n.counts)
+		t, c := rans.Build(counts, alphabet, patchBits)
 		cost += c
 		if t != nil {
 			for _, i := range n.sets {

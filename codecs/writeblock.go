@@ -53,7 +53,6 @@ type encodeScratch struct {
 	trial     []byte
 	compact   []byte
 	counts    hist
-	other     hist
 	values    []uint16
 	weights   []uint32
 	lanes     [GroupBlocks]lane
