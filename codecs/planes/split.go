@@ -63,7 +63,18 @@ func (c Cut) Values(dst []uint16, src []byte) {
 			dst[i] = (uint16(w)>>(down&15)<<(left&15) | uint16(w)>>(top&15)&sign) & mask
 		}
 	case 2:
-		for i := range dst {
+		i := 0
+		if c.Shift+c.Bits-uint8(left) <= 16 { // four at a time: nothing crosses over from one to the next
+			const ones = 0x0001_0001_0001_0001
+			keep, signs := uint64(mask>>left)*ones, uint64(sign)*ones
+			for ; i+4 <= len(dst); i += 4 {
+				w := binary.LittleEndian.Uint64(src[2*i:])
+				w = w>>(down&63)&keep<<(left&63) | w>>(top&63)&signs
+				q := dst[i : i+4 : i+4]
+				q[0], q[1], q[2], q[3] = uint16(w), uint16(w>>16), uint16(w>>32), uint16(w>>48)
+			}
+		}
+		for ; i < len(dst); i++ {
 			w := uint64(binary.LittleEndian.Uint16(src[2*i:]))
 			dst[i] = (uint16(w>>(down&63)<<(left&63)) | uint16(w>>(top&63))&sign) & mask
 		}
