@@ -47,12 +47,10 @@ type Scratch struct {
 	rest           []uint16
 	bytes, classes []uint8
 	stream         []byte
-	plane, coded   []byte
-	packed         []byte
-	patches        []rans.Patch
 	decoder        *zstd.Decoder
+	patches        []rans.Patch
 	check          []byte
-	raw, rawBase   []byte
+	encode         encodeScratch
 
 	blocks   [GroupBlocks]block
 	batch    [3]rans.Batch // one a field of joinChunks
@@ -63,9 +61,6 @@ type Scratch struct {
 
 // NewScratch allocates nothing yet.
 func NewScratch() *Scratch { return &Scratch{} }
-
-// words16 is room for the words of a block.
-func (s *Scratch) words16() []byte { return room(&s.plane, 2*BlockWords+2*rans.Lanes) }
 
 // room gives the slice n elements, with any content.
 func room[T any](s *[]T, n int) []T {

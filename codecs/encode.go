@@ -1,7 +1,6 @@
 package codecs
 
 import (
-	"fmt"
 	"io"
 	"slices"
 	"sync"
@@ -62,6 +61,7 @@ type Encoding struct {
 	level   zstd.EncoderLevel
 	tensor  *Tensor
 	headLen int
+	counted *counts
 	bits    uint64 // estimated size, in units of 2^-16 bits
 	sampled uint64 // bytes of the sample blocks, coded
 }
@@ -114,16 +114,26 @@ func (e *Encoding) AppendGroup(dst []byte, g int, s *Scratch) ([]byte, Index, er
 	if err := e.choose(g, s); err != nil {
 		return nil, index, err
 	}
-	for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
-		raw, base, err := e.tensor.readBlock(b, e.word, e.transform == BaseDiff, s)
-		if err != nil {
-			return nil, index, err
-		}
-		var item indexItem
-		if dst, item, err = e.appendBlock(dst, b, raw, base, s); err != nil {
-			return nil, index, fmt.Errorf("block %d: %w", b, err)
-		}
-		index.items = append(index.items, item)
+	raw, base, err := e.tensor.read(int64(g)*GroupBlocks*BlockWords*int64(e.word), int(e.GroupBytes(g)), e.transform == BaseDiff, s)
+	if err != nil {
+		return nil, index, err
+	}
+	start := len(dst)
+	var ends [GroupBlocks]int
+	dst = e.encodeGroup(dst, &ends, g, raw, base, e.plans, e.whole, e.level, s)
+	blocks := ends[:min(GroupBlocks, e.blocks()-g*GroupBlocks)]
+	for k := range blocks {
+		blocks[k] -= start
+	}
+	if err := e.check(g, raw, base, dst[start:], blocks, s); err != nil {
+		return nil, index, err
+	}
+	index.items = make([]indexItem, len(blocks))
+	from := 0
+	for k, to := range blocks {
+		block := dst[start+from : start+to]
+		index.items[k] = indexItem{uint32(len(block)), xxh3.Hash(block)}
+		from = to
 	}
 	return dst, index, nil
 }
@@ -153,56 +163,56 @@ func (e *Encoding) Head(groups []Index) (head []byte, checksum uint64) {
 	return head, xxh3.Hash(head)
 }
 
-func (t *Tensor) readBlock(b, word int, withBase bool, s *Scratch) (raw, base []byte, err error) {
-	per := int64(BlockWords * word)
-	n := int(min(per, t.Bytes-int64(b)*per))
-	raw = room(&s.raw, n)
-	if _, err = io.ReadFull(io.NewSectionReader(t.Src, int64(b)*per, int64(n)), raw); err != nil {
-		return nil, nil, err
-	}
-	if withBase {
-		base = room(&s.rawBase, n)
-		_, err = io.ReadFull(io.NewSectionReader(t.Base, int64(b)*per, int64(n)), base)
+// read reads n bytes of the tensor, and of its base.
+func (t *Tensor) read(at int64, n int, withBase bool, s *Scratch) (raw, base []byte, err error) {
+	raw = room(&s.encode.raw, n)
+	if err = readFull(t.Src, raw, at); err == nil && withBase {
+		base = room(&s.encode.base, n)
+		err = readFull(t.Base, base, at)
 	}
 	return raw, base, err
 }
 
-// choose picks, for every field, the table that suits a group best.
-func (e *Encoding) choose(g int, s *Scratch) error {
-	multi := false
-	for _, m := range e.sym {
-		multi = multi || m.classes == nil && len(m.tables) > 1
-	}
-	if !multi {
+func readFull(r io.ReaderAt, b []byte, at int64) error {
+	n, err := r.ReadAt(b, at)
+	if n == len(b) {
 		return nil
 	}
-	counts := make([][]uint64, len(e.fields))
-	for i, x := range e.fields {
-		counts[i] = make([]uint64, 1<<x.Sym)
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
 	}
-	for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
-		words, err := e.load(b, s)
-		if err != nil {
+	return err
+}
+
+func (t *Tensor) readBlock(b, word int, withBase bool, s *Scratch) (raw, base []byte, err error) {
+	per := int64(BlockWords * word)
+	return t.read(int64(b)*per, int(min(per, t.Bytes-int64(b)*per)), withBase, s)
+}
+
+// choose picks, for every field, the table that suits a group best.
+func (e *Encoding) choose(g int, s *Scratch) error {
+	for i, x := range e.fields {
+		m, best := e.sym[i], ^uint64(0)
+		if len(m.tables) < 2 || m.classes != nil {
+			continue
+		}
+		h := &s.encode.counts
+		if err := e.countsOf(g, h, s); err != nil {
 			return err
 		}
-		n := len(words)
-		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
-		for i, x := range e.fields {
-			if len(e.sym[i].tables) > 1 {
-				x.Split(sym, mant, rest, words)
-				for _, v := range sym {
-					counts[i][v]++
+		values, weights := s.encode.values[:0], s.encode.weights[:0]
+		if i == 0 {
+			values, weights = h.fold(values, weights, e.counted.upper, x)
+		} else {
+			for v, c := range h.low[x.Shift/8] {
+				if c > 0 {
+					values, weights = append(values, uint16(v)), append(weights, c)
 				}
 			}
 		}
-	}
-	for i, x := range e.fields {
-		m, best := e.sym[i], ^uint64(0)
-		if len(m.tables) < 2 {
-			continue
-		}
+		s.encode.values, s.encode.weights = values, weights
 		for k, enc := range m.encode(uint(x.Sym)) {
-			if c := enc.Cost(counts[i], patchBits); c < best {
+			if c := enc.Cost(values, weights, patchBits); c < best {
 				best = c
 				m.choice[g] = uint8(k)
 			}
@@ -245,6 +255,13 @@ func (e *Encoding) finish() error {
 	if e.transform != BaseDiff && e.bits+e.bits/1024 >= stored {
 		e.Format = Format{word: e.word, words: e.words, float: e.float}
 		e.plans, e.whole, e.bits = nil, false, stored
+	}
+	choices := false
+	for _, m := range e.sym {
+		choices = choices || m.classes == nil && len(m.tables) > 1
+	}
+	if !choices {
+		e.counted = nil
 	}
 	e.headLen = len(e.appendHead(nil, make([]indexItem, e.blocks())))
 	return nil
@@ -308,12 +325,18 @@ func (e *Encoding) scanNarrow(exp uint) (narrow, error) {
 		if done.Load() {
 			return nil
 		}
-		words, err := e.load(b, s)
+		raw, _, err := e.tensor.readBlock(b, e.word, false, s)
 		if err != nil {
 			return err
 		}
 		one := start()
-		one.look(words)
+		const step = 1 << 11 // most tensors show within a few words that nothing is to be had
+		for n := len(raw) / e.word; n > 0 && !one.hopeless(exp > 0); n = len(raw) / e.word {
+			words := room(&s.words, min(n, step))
+			planes.Load(words, raw, e.word, 0)
+			one.look(words)
+			raw = raw[len(words)*e.word:]
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		all.or |= one.or
@@ -389,12 +412,6 @@ const (
 	maxSets = 64 // histograms kept to find tables that differ within a tensor
 )
 
-// hist counts, for one run of groups, the top bits of the upper field and the bytes below it.
-type hist struct {
-	top [1 << topBits]uint32
-	low [maxFields][256]uint32
-}
-
 // layout cuts a word into an upper run of bits and whole bytes below it.
 func (e *Encoding) layout(exp uint) (upper planes.Field, lowBytes int) {
 	w := e.width()
@@ -409,59 +426,6 @@ func (e *Encoding) layout(exp uint) (upper planes.Field, lowBytes int) {
 	return planes.Field{Shift: uint8(8 * lowBytes), Sym: uint8(s), Rest: uint8(m - s)}, lowBytes
 }
 
-func (e *Encoding) count(upper planes.Field, lowBytes int) ([]*hist, error) {
-	groups := e.groups()
-	per := (groups + maxSets - 1) / maxSets
-	sets := make([]*hist, (groups+per-1)/per)
-	err := e.tensor.Run(len(sets), func(k int, s *Scratch) error {
-		h := &hist{}
-		for b := k * per * GroupBlocks; b < min((k+1)*per*GroupBlocks, e.blocks()); b++ {
-			words, err := e.load(b, s)
-			if err != nil {
-				return err
-			}
-			shift, mask := (upper.Shift+upper.Rest)&63, uint64(1)<<upper.Sym-1
-			for _, w := range words {
-				h.top[w>>shift&mask%(1<<topBits)]++
-			}
-			for i := range lowBytes {
-				for _, w := range words {
-					h.low[i][uint8(w>>(8*i))]++
-				}
-			}
-		}
-		sets[k] = h
-		return nil
-	})
-	return sets, err
-}
-
-// fold sums the counts of the top bits (of bits: sign, exponent, mantissa) to those of the symbols of a field.
-func fold(top []uint32, bits uint, f planes.Field) []uint64 {
-	counts := make([]uint64, 1<<f.Sym)
-	drop := bits - uint(f.Sym)
-	mask := uint(1)<<f.Sym - 1
-	if f.Rotate {
-		drop--
-	}
-	for v, c := range top {
-		if c > 0 {
-			counts[uint(v)>>drop&mask] += uint64(c)
-		}
-	}
-	return counts
-}
-
-func sum(sets [][]uint64) []uint64 {
-	all := slices.Clone(sets[0])
-	for _, s := range sets[1:] {
-		for i, c := range s {
-			all[i] += c
-		}
-	}
-	return all
-}
-
 // analyseFields chooses the fields and tables for the transform that is set.
 func (e *Encoding) analyseFields(exp uint) error {
 	upper, lowBytes := e.layout(exp)
@@ -473,13 +437,20 @@ func (e *Encoding) analyseFields(exp uint) error {
 	topSets := func(f planes.Field) [][]uint64 {
 		out := make([][]uint64, len(sets))
 		for i, h := range sets {
-			out[i] = fold(h.top[:1<<upper.Sym], uint(upper.Sym), f)
+			out[i] = h.symbols(upper, f)
 		}
 		return out
 	}
 	alphabet := rans.MaxSymbols
 	if exp > 0 {
-		field, alphabet = e.chooseField(exp, upper, topSets)
+		all := sets[0]
+		if len(sets) > 1 {
+			all = &hist{}
+			for _, h := range sets {
+				all.add(h)
+			}
+		}
+		field, alphabet = e.chooseField(exp, upper, all)
 	}
 	e.fields, e.sym, e.mant, e.plans, e.bits = nil, nil, nil, nil, 0
 	e.addField(field, topSets(field), alphabet)
@@ -517,8 +488,10 @@ func (e *Encoding) size() uint64 {
 }
 
 // chooseField finds how many mantissa bits, and whether the sign, belong into the symbol, and how many symbols it takes.
-func (e *Encoding) chooseField(exp uint, upper planes.Field, sets func(planes.Field) [][]uint64) (best planes.Field, alphabet int) {
+func (e *Encoding) chooseField(exp uint, upper planes.Field, all *hist) (best planes.Field, alphabet int) {
 	m := upper.Bits()
+	values, weights := all.fold(nil, nil, upper, planes.Field{Sym: upper.Sym})
+	var room [1 << topBits]uint64
 	bestCost := [2]uint64{^uint64(0), ^uint64(0)}
 	var bestField [2]planes.Field
 	for j := uint(0); j <= 4; j++ {
@@ -531,10 +504,22 @@ func (e *Encoding) chooseField(exp uint, upper planes.Field, sets func(planes.Fi
 				continue
 			}
 			f := planes.Field{Shift: upper.Shift, Sym: uint8(s), Rest: uint8(m - s), Rotate: signed == 0}
-			counts := sum(sets(f))
+			counts, present := room[:1<<s], 0
+			clear(counts)
+			drop, mask := symbolOf(upper, f)
+			for i, v := range values {
+				x := uint(v) >> drop & mask
+				if counts[x] == 0 {
+					present++
+				}
+				counts[x] += uint64(weights[i])
+			}
+			cost := uint64(0)
 			for k, limit := range []int{rans.AliasSymbols, rans.MaxSymbols} {
-				_, cost := rans.Build(counts, limit, patchBits)
-				cost += e.words * uint64(m-s) * rans.LogOne
+				if k == 0 || present > rans.AliasSymbols { // else it is the same table
+					_, cost = rans.Build(counts, limit, patchBits)
+					cost += e.words * uint64(m-s) * rans.LogOne
+				}
 				if cost < bestCost[k] {
 					bestCost[k], bestField[k] = cost, f
 				}
@@ -573,14 +558,28 @@ func (e *Encoding) constantCost(sets [][]uint64) uint64 {
 // of them each set got (0 for a set without a table) and what coding everything takes.
 func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, cost uint64) {
 	type node struct {
-		counts []uint64
+		counts []uint64 // from first to last
 		cost   uint64
 		sets   []int
 	}
+	// Most values never come up: what lies outside of those that do is left out of all sums.
+	first, last := len(sets[0]), 0
+	for _, s := range sets {
+		lo := 0
+		for lo < first && s[lo] == 0 {
+			lo++
+		}
+		hi := len(s)
+		for hi > last && s[hi-1] == 0 {
+			hi--
+		}
+		first, last = min(first, lo), max(last, hi)
+	}
+	first = min(first, last)
 	var nodes []*node
 	for i, s := range sets {
-		if c, any := entropy(s); any {
-			nodes = append(nodes, &node{s, c, []int{i}})
+		if c, any := entropy(s[first:last]); any {
+			nodes = append(nodes, &node{s[first:last], c, []int{i}})
 		}
 	}
 	type merge struct {
@@ -588,12 +587,15 @@ func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, c
 		gain int64
 	}
 	seen := map[[2]*node]merge{}
+	sums := make([]uint64, last-first)
 	look := func(a, b *node) merge {
 		m, ok := seen[[2]*node{a, b}]
 		if !ok {
-			counts := sum([][]uint64{a.counts, b.counts})
-			c, _ := entropy(counts)
-			m = merge{&node{counts, c, slices.Concat(a.sets, b.sets)}, int64(a.cost+b.cost) - int64(c)}
+			for i, c := range a.counts {
+				sums[i] = c + b.counts[i]
+			}
+			c, _ := entropy(sums)
+			m = merge{&node{nil, c, nil}, int64(a.cost+b.cost) - int64(c)}
 			seen[[2]*node{a, b}] = m
 		}
 		return m
@@ -614,12 +616,16 @@ func cluster(sets [][]uint64, alphabet int) (tables []*rans.Table, of []uint8, c
 		if best.gain < 0 && len(nodes) <= MaxTables {
 			break
 		}
-		nodes[at] = best.to
+		to, a, b := best.to, nodes[at], nodes[with]
+		to.counts, to.sets = sum([][]uint64{a.counts, b.counts}), slices.Concat(a.sets, b.sets)
+		nodes[at] = to
 		nodes = slices.Delete(nodes, with, with+1)
 	}
+	counts := make([]uint64, len(sets[0]))
 	of = make([]uint8, len(sets))
 	for _, n := range nodes {
-		t, c := rans.Build(n.counts, alphabet, patchBits)
+		copy(counts[first:], n.counts)
+		t, c := rans.Build(counts, alphabet, patchBits)
 		cost += c
 		if t != nil {
 			for _, i := range n.sets {
@@ -766,21 +772,28 @@ func (e *Encoding) sample() error {
 		if err != nil {
 			return err
 		}
-		without := len(e.encodeBlock(nil, b/GroupBlocks, raw, nil, e.plans, false, trialLevel, s))
+		var end [GroupBlocks]int
+		s.encode.trial = e.encodeGroup(s.encode.trial[:0], &end, b/GroupBlocks, raw, nil, e.plans, false, trialLevel, s)
+		without, n := end[0], len(raw)/e.word
 		var one [maxFields][2]int
-		w := make([]uint64, len(raw)/e.word)
-		planes.Load(w, raw, e.word, 0)
-		e.apply(w)
-		sym := make([]uint16, len(w))
 		gain := 0
 		for i, f := range e.fields {
 			if f.Sym > 8 || f.Rest > 0 || f.Mant > 0 {
 				continue
 			}
-			f.Split(sym, nil, nil, w)
-			tables := e.coders(i, b/GroupBlocks, e.plans)
-			one[i][0] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, false, trialLevel, s))
-			one[i][1] = len(encodeSymbols(nil, sym, uint(f.Sym), tables, nil, true, trialLevel, s))
+			l := &s.encode.one[0]
+			l.source, l.block = source{n: n, bits: uint(f.Sym)}, s.encode.trial[:0]
+			if e.sideBySide() {
+				l.raw, l.cut = raw, f.SymCut(e.word, e.shift)
+			} else {
+				words := room(&s.words, n)
+				planes.Load(words, raw, e.word, 0)
+				e.apply(words)
+				l.sym = room(&s.sym, n)
+				f.Split(l.sym, nil, nil, words)
+			}
+			one[i] = l.trial(e.coders(i, b/GroupBlocks, e.plans), s)
+			s.encode.trial, l.block = l.block, nil
 			gain += one[i][0] - one[i][1]
 		}
 		// Most weights are noise to zstd: in a large tensor the beginning of the block says so.
@@ -788,10 +801,12 @@ func (e *Encoding) sample() error {
 		promising := true
 		if e.blocks() >= 16 {
 			part := raw[:min(len(raw), 1<<15)]
-			promising = len(zstdEncode(nil, part, trialLevel))*len(raw) < (without-gain)*len(part)*11/10
+			s.stream = zstdEncode(s.stream[:0], part, trialLevel)
+			promising = len(s.stream)*len(raw) < (without-gain)*len(part)*11/10
 		}
 		if promising {
-			whole = blockHead + 4 + len(zstdEncode(nil, raw, trialLevel))
+			s.stream = zstdEncode(s.stream[:0], raw, trialLevel)
+			whole = blockHead + 4 + len(s.stream)
 		}
 		mu.Lock()
 		defer mu.Unlock()
@@ -802,7 +817,7 @@ func (e *Encoding) sample() error {
 		wholeSize += whole
 		planeSize += without - gain
 		e.sampled += uint64(min(without-gain, whole))
-		words += len(w)
+		words += n
 		return nil
 	})
 	if err != nil {
@@ -837,18 +852,27 @@ func (e *Encoding) tryRows() error {
 	c := &Encoding{tensor: e.tensor, level: e.level}
 	c.Format = Format{transform: RowDelta, param: uint32(row), word: e.word, words: e.words, float: e.float}
 	// A first look at one block: what do the bytes of the differences take, one by one?
-	words, err := c.load(e.sampleBlocks()[0], NewScratch())
+	bits := uint64(0)
+	err := c.tensor.Run(1, func(_ int, s *Scratch) error {
+		raw, _, err := c.tensor.readBlock(e.sampleBlocks()[0], c.word, false, s)
+		if err != nil {
+			return err
+		}
+		h := &s.encode.counts
+		h.low = [maxFields][256]uint32{}
+		h.countRows(raw, c.word, int(row))
+		var counts [256]uint64
+		for i := range c.word {
+			for v, c := range h.low[i] {
+				counts[v] = uint64(c)
+			}
+			x, _ := entropy(counts[:])
+			bits += min(x, uint64(len(raw)/c.word)*8*rans.LogOne)
+		}
+		return nil
+	})
 	if err != nil {
 		return err
-	}
-	bits := uint64(0)
-	for i := range e.word {
-		counts := make([]uint64, 256)
-		for _, w := range words {
-			counts[uint8(w>>(8*i))]++
-		}
-		x, _ := entropy(counts)
-		bits += min(x, uint64(len(words))*8*rans.LogOne)
 	}
 	if bits/8/rans.LogOne*uint64(len(e.sampleBlocks())) >= e.sampled {
 		return nil

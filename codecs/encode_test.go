@@ -218,6 +218,96 @@ func TestPatches(t *testing.T) {
 	}
 }
 
+// Files do not depend on the CPU: every tier writes the same bytes, whatever the block's length.
+func TestTiersWriteTheSame(t *testing.T) {
+	r := rand.New(rand.NewPCG(11, 12))
+	for _, d := range []DType{BF16, F16, F32, F64, F8E4M3, F8E5M2, U8, I32, I64} {
+		for _, n := range []int{1, 33, 700, 5000, BlockWords - 1, BlockWords + 40, 4*BlockWords + 1, 6*BlockWords + 6021} {
+			raw := weights(r, d, n, .02)
+			for i := range raw { // rare values, and parts that differ
+				if r.IntN(500) == 0 {
+					raw[i] = byte(r.Uint32())
+				} else if i > len(raw)/2 && d == BF16 && i%2 == 1 {
+					raw[i]++
+				}
+			}
+			var base []byte
+			if d == BF16 && n > 100 {
+				base = bytes.Clone(raw)
+				for i := 0; i < len(base); i += 20 {
+					base[i] ^= 1
+				}
+			}
+			for _, mode := range []Mode{Balanced, Inference, Storage} {
+				var want []byte
+				for tier := cpu.Generic; tier <= cpu.Best(); tier++ {
+					require.NoError(t, cpu.Use(tier.String()))
+					tensor, choose := tensorOf(d, raw, mode, uint64(n)), NewEncoding
+					if base != nil && mode == Storage {
+						tensor.Base, choose = bytes.NewReader(base), NewDelta
+					}
+					e, err := choose(tensor)
+					require.NoError(t, err)
+					got, _, err := encodeAll(e)
+					require.NoError(t, err)
+					if want == nil {
+						want = got
+					}
+					require.True(t, bytes.Equal(want, got), "%s, mode %d, %d words: %s", d, mode, n, tier)
+				}
+				require.NoError(t, cpu.Use(""))
+			}
+		}
+	}
+}
+
+// What is counted once and kept is what counting again finds.
+func TestCountsAreKept(t *testing.T) {
+	r := rand.New(rand.NewPCG(13, 14))
+	for _, d := range []DType{BF16, F16, F32, F64, U16, I32} {
+		raw := weights(r, d, 9*BlockWords+123, .02)
+		e := &Encoding{tensor: tensorOf(d, raw, Balanced, 9*BlockWords+123)}
+		e.word, e.words = dtypes[d].word, uint64(len(raw)/dtypes[d].word)
+		upper, lowBytes := e.layout(dtypes[d].exp)
+		sets, err := e.count(upper, lowBytes)
+		require.NoError(t, err)
+		s, total := NewScratch(), &hist{}
+		for g := range e.groups() {
+			again, kept, truth := &hist{}, &hist{}, &hist{}
+			require.NoError(t, e.countGroup(g, again, s))
+			for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
+				words, err := e.load(b, s)
+				require.NoError(t, err)
+				for _, w := range words {
+					truth.top[w>>(upper.Shift+upper.Rest)&(1<<upper.Sym-1)]++
+					for i := range lowBytes {
+						truth.low[i][uint8(w>>(8*i))]++
+					}
+				}
+			}
+			require.Equal(t, truth, again)
+			require.NotNil(t, e.counted.groups[g])
+			require.NoError(t, e.countsOf(g, kept, s))
+			require.Equal(t, again, kept)
+			total.add(again)
+			e.counted.groups[g] = nil // as where there are too many
+			require.NoError(t, e.countsOf(g, kept, s))
+			require.Equal(t, again, kept)
+		}
+		for _, h := range sets {
+			for i, c := range h.top {
+				total.top[i] -= c
+			}
+			for i := range h.low {
+				for v, c := range h.low[i] {
+					total.low[i][v] -= c
+				}
+			}
+		}
+		require.Equal(t, &hist{}, total)
+	}
+}
+
 func TestCodecsAreChosen(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	const n = 100_000

@@ -1,12 +1,11 @@
 package codecs
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math/bits"
-	"slices"
 
 	"github.com/klauspost/compress/zstd"
-	"github.com/zeebo/xxh3"
 
 	"bigsmall.dev/bigsmall/codecs/planes"
 	"bigsmall.dev/bigsmall/codecs/rans"
@@ -48,51 +47,132 @@ type plan struct {
 	rans bool // try the coder
 }
 
-// encodeBlock appends the block of the words in raw, group g of the payload. It keeps the smallest of the ways that the
-// format and the plans allow.
-func (f *Format) encodeBlock(dst []byte, group int, raw, base []byte, plans []plan, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
-	start, n := len(dst), len(raw)/f.word
-	if f.transform == BaseDiff {
-		dst = f.encodeDiff(append(dst, blockCoded, 0, 0, 0), raw, base, s)
-	} else if f.join() == joinSymbols && f.word == 2 {
-		dst = append(dst, blockCoded, 0, 0, 0)
-		sym := room(&s.sym, n)
-		s.packed = f.fields[0].SplitDirect(sym, s.packed[:0], raw, f.shift)
-		dst = encodeSymbols(dst, sym, uint(f.fields[0].Sym), f.coders(0, group, plans), nil, plans[0].zstd, level, s)
-		dst = pad(append(dst, s.packed...), start, 4)
-	} else if len(f.fields) > 0 {
-		dst = append(dst, blockCoded, 0, 0, 0)
-		words := room(&s.words, n)
-		planes.Load(words, raw, f.word, 0)
-		f.apply(words)
-		sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
+// encodeScratch is the part of a Scratch that encoding one group needs beside what decoding has.
+type encodeScratch struct {
+	raw, base []byte
+	trial     []byte
+	compact   []byte
+	counts    hist
+	values    []uint16
+	weights   []uint32
+	lanes     [GroupBlocks]lane
+	one       [1]lane // for a plane alone
+}
+
+// A lane holds what belongs to one block of a group.
+type lane struct {
+	source
+	index   []uint8 // symbols of a table
+	patches []rans.Patch
+	words   []byte // room for the coder
+	block   []byte
+}
+
+// encodeGroup appends consecutive blocks of the words in raw, all of group g of the payload, and says where each ends. It
+// keeps the smallest of the ways that the format and the plans allow.
+func (f *Format) encodeGroup(dst []byte, ends *[GroupBlocks]int, g int, raw, base []byte, plans []plan, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
+	var raws [GroupBlocks][]byte
+	n := f.divide(&raws, raw)
+	lanes := s.encode.lanes[:n]
+	for i := range lanes {
+		l := &lanes[i]
+		l.block = append(l.block[:0], blockCoded, 0, 0, 0)
+	}
+	if f.sideBySide() {
 		for i, x := range f.fields {
-			x.Split(sym, mant, rest, words)
-			if x.Mant > 0 {
-				dst = f.encodePair(dst, i, sym, mant, f.coders(i, group, plans), level, s)
-			} else {
-				dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, group, plans), nil, plans[i].zstd, level, s)
+			for k := range lanes {
+				lanes[k].source = source{n: len(raws[k]) / f.word, raw: raws[k], cut: x.SymCut(f.word, f.shift), bits: uint(x.Sym)}
 			}
+			encodePlanes(lanes, f.coders(i, g, plans), nil, plans[i].zstd, level, s)
 			if x.Rest > 0 {
-				dst = pad(planes.Pack(dst, rest, x.Rest), start, 4)
+				rest := x.RestCut(f.word, f.shift)
+				for k := range lanes {
+					l := &lanes[k]
+					l.block = pad(rest.Append(l.block, raws[k], x.Rest), 0, 4)
+				}
+			}
+		}
+	} else {
+		var bases [GroupBlocks][]byte
+		f.divide(&bases, base)
+		for k := range lanes {
+			l := &lanes[k]
+			if f.transform == BaseDiff {
+				l.block = f.encodeDiff(l.block, raws[k], bases[k], s)
+			} else {
+				l.block = f.encodeWords(l.block, g, raws[k], plans, level, s)
 			}
 		}
 	}
-	size := len(dst) - start
-	if stored := blockHead + len(raw); size == 0 || size > stored {
-		size = stored
-		dst = append(dst[:start], blockStored, 0, 0, 0)
-		dst = append(dst, raw...)
+	for k := range lanes {
+		start := len(dst)
+		dst = f.appendSmallest(dst, lanes[k].block, raws[k], whole, level, s)
+		dst = pad(dst, start, 8)
+		ends[k] = len(dst)
+	}
+	return dst
+}
+
+// divide cuts the bytes of words into blocks and says how many there are.
+func (f *Format) divide(blocks *[GroupBlocks][]byte, raw []byte) (n int) {
+	for ; len(raw) > 0; n++ {
+		size := min(len(raw), BlockWords*f.word)
+		blocks[n], raw = raw[:size], raw[size:]
+	}
+	return n
+}
+
+// sideBySide says that all parts can be cut straight out of the source's words, those of many blocks at once.
+func (f *Format) sideBySide() bool {
+	for _, m := range f.mant {
+		if m != nil {
+			return false
+		}
+	}
+	return f.transform == Plain
+}
+
+// encodeWords appends a block whose words have to be transformed first, or whose mantissas are coded.
+func (f *Format) encodeWords(dst []byte, g int, raw []byte, plans []plan, level zstd.EncoderLevel, s *Scratch) []byte {
+	n := len(raw) / f.word
+	words := room(&s.words, n)
+	planes.Load(words, raw, f.word, 0)
+	f.apply(words)
+	sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
+	for i, x := range f.fields {
+		x.Split(sym, mant, rest, words)
+		if x.Mant > 0 {
+			dst = f.encodePair(dst, i, sym, mant, f.coders(i, g, plans), level, s)
+		} else {
+			dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, g, plans), nil, plans[i].zstd, level, s)
+		}
+		if x.Rest > 0 {
+			dst = pad(planes.Pack(dst, rest, x.Rest), 0, 4)
+		}
+	}
+	return dst
+}
+
+// appendSmallest appends the coded block, or the source's bytes as they are or by zstd where that is smaller.
+func (f *Format) appendSmallest(dst, coded, raw []byte, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
+	stored := blockHead + len(raw)
+	isCoded := len(coded) > blockHead && len(coded) <= stored
+	size := stored
+	if isCoded {
+		size = len(coded)
 	}
 	if whole {
 		s.stream = zstdEncode(s.stream[:0], raw, level)
 		if blockHead+4+len(s.stream) < size {
-			dst = append(dst[:start], blockZstd, 0, 0, 0)
+			dst = append(dst, blockZstd, 0, 0, 0)
 			dst = binary.LittleEndian.AppendUint32(dst, uint32(len(s.stream)))
-			dst = append(dst, s.stream...)
+			return append(dst, s.stream...)
 		}
 	}
-	return pad(dst, start, 8)
+	if isCoded {
+		return append(dst, coded...)
+	}
+	return append(append(dst, blockStored, 0, 0, 0), raw...)
 }
 
 // coders are the tables for field i in a group, or nil where the coder is not worth trying.
@@ -116,83 +196,214 @@ func (m *tableSet) encode(symBits uint) []*rans.Encoder {
 	return m.encoders
 }
 
+// source is the symbols of a block on their way into it.
+type source struct {
+	n    int
+	bits uint
+	sym  []uint16 // the symbols, or nil: then they are
+	raw  []byte   // what cut takes from here
+	cut  planes.Cut
+
+	best   int // bytes of the smallest form yet
+	kind   uint8
+	common uint16
+	coded  bool // by stream, whose Coded begins with the block
+	stream rans.Stream
+}
+
+func (p *source) at(i int) uint16 {
+	if p.sym != nil {
+		return p.sym[i]
+	}
+	return p.cut.At(p.raw, i)
+}
+
+// values are all symbols; they may be overwritten by the next call for another plane.
+func (p *source) values(s *Scratch) []uint16 {
+	if p.sym != nil {
+		return p.sym
+	}
+	v := room(&s.encode.values, p.n)
+	p.cut.Values(v, p.raw)
+	return v
+}
+
 // encodeSymbols appends one plane in its smallest form.
 func encodeSymbols(dst []byte, sym []uint16, symBits uint, tables []*rans.Encoder, classes []uint8, tryZstd bool,
 	level zstd.EncoderLevel, s *Scratch) []byte {
-	n, start := len(sym), len(dst)
-	header := func(kind uint8, patches, size int) { dst = planeHeader(dst, kind, patches, size) }
-	common, others := sym[0], n
-	if tables == nil || nearlyConstant(sym) {
-		common = commonest(sym)
-		others = 0
+	one := s.encode.one[:]
+	one[0].source, one[0].block = source{n: len(sym), sym: sym, bits: symBits}, dst
+	encodePlanes(one, tables, classes, tryZstd, level, s)
+	dst, one[0].block = one[0].block, nil
+	return dst
+}
+
+// encodePlanes appends to each block its plane in its smallest form. With classes, the blocks are one.
+func encodePlanes(lanes []lane, tables []*rans.Encoder, classes []uint8, tryZstd bool, level zstd.EncoderLevel, s *Scratch) {
+	var streams [GroupBlocks]*rans.Stream
+	n := 0
+	for k := range lanes {
+		l := &lanes[k]
+		l.bound(tables != nil, s)
+		l.coded = tables != nil && l.best > rans.StateBytes && l.mapSymbols(tables, classes, s)
+		if !l.coded {
+			continue
+		}
+		l.stream = rans.Stream{Symbols: l.index[:l.n], Carry: carried(l.patches), Coded: planeHeader(l.block, 0, 0, 0), Scratch: room(&l.words, 2*l.n+2*rans.Lanes)}
+		if classes == nil {
+			streams[n] = &l.stream
+			n++
+		} else {
+			l.stream.Coded = rans.Encode(l.stream.Coded, l.stream.Symbols, tables, classes, nil, &l.stream.Carry, l.stream.Scratch)
+		}
+	}
+	if n > 0 {
+		tables[0].Encode(streams[:n]...)
+	}
+	for k := range lanes {
+		l := &lanes[k]
+		if l.coded {
+			size := len(l.stream.Coded) - len(l.block) - planeHead + max(4*len(l.patches)-2*rans.Lanes, 0)
+			if size < l.best {
+				l.best, l.kind = size, planeRANS
+			}
+		}
+		l.append(tryZstd, level, s)
+	}
+}
+
+// bound finds what a plane takes without the coder: one symbol and patches, or a byte a symbol.
+func (l *lane) bound(coder bool, s *Scratch) {
+	others := l.n
+	l.common = l.at(0)
+	if !coder || l.nearlyConstant() {
+		if l.bits <= 8 && l.varied() {
+			l.best, l.kind = l.n, planeRaw
+			return
+		}
+		sym := l.values(s)
+		l.common, others = commonest(sym), 0
 		for _, v := range sym {
-			if v != common {
+			if v != l.common {
 				others++
 			}
 		}
 	}
-	best, kind := 4*others, uint8(planeConstant)
-	if symBits <= 8 && n < best {
-		best, kind = n, planeRaw
+	l.best, l.kind = 4*others, planeConstant
+	if l.bits <= 8 && l.n < l.best {
+		l.best, l.kind = l.n, planeRaw
 	}
-	if best <= rans.StateBytes {
-		tables, tryZstd = nil, false
+}
+
+// varied says that more than a quarter of the symbols are not the commonest: of two that differ, one at least is not.
+func (l *lane) varied() bool {
+	if l.sym == nil {
+		return l.cut.Differing(l.raw, l.n/4+1) > l.n/4
 	}
-	s.patches = s.patches[:0]
-	if tables != nil {
-		idx := room(&s.bytes, n)
-		if classes == nil {
-			s.patches = tables[0].Map(idx, sym, s.patches)
-		} else {
-			s.patches = mapClasses(idx, sym, tables, classes, s.patches)
-		}
-		if 4*len(s.patches) < best {
-			carry := carried(s.patches)
-			s.coded = rans.Encode(s.coded[:0], idx, tables, classes, nil, &carry, s.words16())
-			if size := len(s.coded) + max(4*len(s.patches)-2*rans.Lanes, 0); size < best {
-				best, kind = size, planeRANS
+	differ, half := 0, l.n/2
+	for i, v := range l.sym[:half] {
+		if v != l.sym[half+i] {
+			if differ++; 4*differ > l.n {
+				return true
 			}
 		}
 	}
-	if tryZstd && symBits <= 8 {
-		raw := room(&s.bytes, n)
-		for i, v := range sym {
-			raw[i] = uint8(v)
-		}
-		s.stream = zstdEncode(s.stream[:0], raw, level)
-		if len(s.stream) < best {
-			kind = planeZstd
+	return false
+}
+
+// nearlyConstant looks at 32 symbols: the count that decides costs a tenth of the encoder's time.
+func (l *lane) nearlyConstant() bool {
+	step := max(l.n/32, 1)
+	first, same := l.at(l.n/2), 0
+	for i := 0; i < l.n; i += step {
+		if l.at(i) == first {
+			same++
 		}
 	}
-	switch kind {
+	return same*step*2 > l.n || l.n < 4096
+}
+
+// mapSymbols fills index and patches, and says whether coding may pay.
+func (l *lane) mapSymbols(tables []*rans.Encoder, classes []uint8, s *Scratch) bool {
+	index, done := room(&l.index, l.n), 0
+	l.patches = l.patches[:0]
+	switch {
+	case classes != nil:
+		l.patches = mapClasses(index, l.sym, tables, classes, l.patches)
+	case l.sym == nil:
+		done, l.patches = tables[0].MapWords(index, l.raw, l.cut.Size, l.cut.Shift, 1<<l.cut.Bits-1, l.patches)
+		rest, before := room(&s.encode.values, l.n-done), len(l.patches)
+		l.cut.Values(rest, l.raw[done*l.cut.Size:])
+		l.patches = tables[0].Map(index[done:], rest, l.patches)
+		for i := range l.patches[before:] {
+			l.patches[before+i].At += uint16(done)
+		}
+	default:
+		l.patches = tables[0].Map(index, l.sym, l.patches)
+	}
+	return 4*len(l.patches) < l.best
+}
+
+// append appends the plane in the smallest form that was found, or by zstd where that is smaller yet.
+func (l *lane) append(tryZstd bool, level zstd.EncoderLevel, s *Scratch) {
+	start := len(l.block)
+	if tryZstd && l.bits <= 8 && l.best > rans.StateBytes {
+		s.bytes = l.appendBytes(s.bytes[:0])
+		s.stream = zstdEncode(s.stream[:0], s.bytes, level)
+		if len(s.stream) < l.best {
+			l.kind = planeZstd
+		}
+	}
+	switch l.kind {
 	case planeRaw:
-		header(planeRaw, 0, 0)
-		for _, v := range sym {
-			dst = append(dst, uint8(v))
-		}
+		l.block = l.appendBytes(planeHeader(l.block, planeRaw, 0, 0))
 	case planeZstd:
-		header(planeZstd, 0, len(s.stream))
-		dst = append(dst, s.stream...)
+		l.block = append(planeHeader(l.block, planeZstd, 0, len(s.stream)), s.stream...)
 	case planeConstant:
-		s.patches = s.patches[:0]
-		for i, v := range sym {
-			if v != common {
-				s.patches = append(s.patches, rans.Patch{At: uint16(i), Value: v})
+		l.patches = l.patches[:0]
+		for i, v := range l.values(s) {
+			if v != l.common {
+				l.patches = append(l.patches, rans.Patch{At: uint16(i), Value: v})
 			}
 		}
-		header(planeConstant, len(s.patches), int(common))
+		l.block = planeHeader(l.block, planeConstant, len(l.patches), int(l.common))
 	case planeRANS:
-		header(planeRANS, len(s.patches), (len(s.coded)-rans.StateBytes)/2)
-		dst = append(dst, s.coded...)
+		words := (len(l.stream.Coded) - start - planeHead - rans.StateBytes) / 2
+		planeHeader(l.stream.Coded[:start], planeRANS, len(l.patches), words)
+		l.block = l.stream.Coded
 	}
-	dst = pad(dst, start, 4)
-	switch kind {
+	l.block = pad(l.block, start, 4)
+	switch l.kind {
 	case planeConstant:
-		dst = appendPatches(dst, s.patches, 0)
+		l.block = appendPatches(l.block, l.patches, 0)
 	case planeRANS:
-		dst = appendPatches(dst, s.patches, rans.Lanes)
+		l.block = appendPatches(l.block, l.patches, rans.Lanes)
 	}
-	return pad(dst, start, 4)
+	l.block = pad(l.block, start, 4)
+}
+
+// trial says how large the plane becomes without zstd and with it.
+func (l *lane) trial(tables []*rans.Encoder, s *Scratch) (sizes [2]int) {
+	encodePlanes(s.encode.one[:], tables, nil, false, trialLevel, s)
+	sizes = [2]int{len(l.block), len(l.block)}
+	if l.best > rans.StateBytes {
+		s.bytes = l.appendBytes(s.bytes[:0])
+		if s.stream = zstdEncode(s.stream[:0], s.bytes, trialLevel); len(s.stream) < l.best {
+			sizes[1] = planeHead + (len(s.stream)+3)&^3
+		}
+	}
+	return sizes
+}
+
+// appendBytes appends the symbols, a byte each.
+func (l *lane) appendBytes(dst []byte) []byte {
+	if l.sym == nil {
+		return l.cut.Append(dst, l.raw, 8)
+	}
+	for _, v := range l.sym {
+		dst = append(dst, uint8(v))
+	}
+	return dst
 }
 
 // carried are the first words of the patches, which ride in the coder's lanes.
@@ -256,18 +467,6 @@ func planeHeader(dst []byte, kind uint8, patches, size int) []byte {
 	dst = append(dst, kind, 0)
 	dst = binary.LittleEndian.AppendUint16(dst, uint16(patches))
 	return binary.LittleEndian.AppendUint32(dst, uint32(size))
-}
-
-// nearlyConstant looks at 32 symbols: the count that decides costs a tenth of the encoder's time.
-func nearlyConstant(sym []uint16) bool {
-	step := max(len(sym)/32, 1)
-	first, same := sym[len(sym)/2], 0
-	for i := 0; i < len(sym); i += step {
-		if sym[i] == first {
-			same++
-		}
-	}
-	return same*step*2 > len(sym) || len(sym) < 4096
 }
 
 // commonest is a majority vote (Boyer and Moore): the symbol that more than half of sym are, if there is one.
@@ -348,17 +547,20 @@ func (f *Format) differences(words, base []uint64, sym []uint16) {
 	}
 }
 
-// appendBlock encodes block i, decodes it again and compares.
-func (e *Encoding) appendBlock(dst []byte, i int, raw, base []byte, s *Scratch) ([]byte, indexItem, error) {
-	start := len(dst)
-	dst = e.encodeBlock(dst, i/GroupBlocks, raw, base, e.plans, e.whole, e.level, s)
-	block := dst[start:]
-	s.check = slices.Grow(s.check[:0], len(raw))[:len(raw)]
-	if err := e.decodeBlocks(i, s.check, [][]byte{block}, base, s); err != nil {
-		return nil, indexItem{}, errorf(Internal, "block does not decode after encoding: %s", err)
+// check decodes the blocks of group g that end at these bytes of coded, and compares.
+func (e *Encoding) check(g int, raw, base, coded []byte, ends []int, s *Scratch) error {
+	var blocks [GroupBlocks][]byte
+	from := 0
+	for k, end := range ends {
+		blocks[k], from = coded[from:end], end
 	}
-	if string(s.check) != string(raw) {
-		return nil, indexItem{}, errorf(Internal, "block decodes to other bytes than were encoded")
+	s.ahead = nil
+	out := room(&s.check, len(raw))
+	if err := e.decodeBlocks(g*GroupBlocks, out, blocks[:len(ends)], base, s); err != nil {
+		return errorf(Internal, "blocks from %d on do not decode after encoding: %s", g*GroupBlocks, err)
 	}
-	return dst, indexItem{uint32(len(block)), xxh3.Hash(block)}, nil
+	if !bytes.Equal(out, raw) {
+		return errorf(Internal, "blocks from %d on decode to other bytes than were encoded", g*GroupBlocks)
+	}
+	return nil
 }

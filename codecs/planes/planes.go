@@ -208,49 +208,6 @@ func (f Field) JoinDirect(dst []byte, sym []uint16, packed []byte, size int, shi
 	f.Merge(dst, packed, size, shift)
 }
 
-// SplitDirect is Split and Pack for a lone field without mant of words of two bytes, straight from src: it fills sym and
-// appends the packed rest to dst. Words have shift zero bits below.
-func (f Field) SplitDirect(sym []uint16, dst, src []byte, shift uint8) []byte {
-	const ones = 0x0001_0001_0001_0001
-	b, r := f.Bits(), uint(f.Rest)
-	field := uint64(1)<<b - 1
-	mask := uint64(1)<<r - 1
-	left, right, sign := uint(0), uint(63), uint64(0)
-	if f.Rotate {
-		left, right, sign = 1, b-1, ones
-	}
-	kept := (field >> left) * ones // what the rotation moves up
-	acc, n := uint64(0), uint(0)
-	i := 0
-	for ; i+4 <= len(sym); i += 4 { // as in JoinDirect
-		v := binary.LittleEndian.Uint64(src[2*i:]) >> (shift & 15) & (field * ones)
-		v = v&kept<<left | v>>(right&63)&sign
-		q := sym[i : i+4 : i+4]
-		w := v >> (r & 15) & (field >> r * ones)
-		q[0], q[1], q[2], q[3] = uint16(w), uint16(w>>16), uint16(w>>32), uint16(w>>48)
-		if r > 0 {
-			acc |= (v&mask | v>>16&mask<<(r&63) | v>>32&mask<<(2*r&63) | v>>48&mask<<(3*r&63)) << (n & 7)
-			n += 4 * r
-			dst = binary.LittleEndian.AppendUint64(dst, acc)
-			dst = dst[:len(dst)-8+int(n/8)]
-			acc, n = acc>>(n&^7), n%8
-		}
-	}
-	var words [4]uint64
-	var rest [4]uint16
-	k := len(sym) - i
-	Load(words[:k], src[2*i:], 2, shift)
-	f.Split(sym[i:], nil, rest[:k], words[:k])
-	for _, v := range rest[:k] {
-		acc |= uint64(v) << n
-		n += r
-	}
-	for at := uint(0); at < n; at += 8 {
-		dst = append(dst, uint8(acc>>at))
-	}
-	return dst
-}
-
 func boolInt(b bool) int {
 	if b {
 		return 1

@@ -1,15 +1,31 @@
 package rans
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"math/bits"
+	"sync"
+)
 
 // Encoder is a table made ready for encoding.
 type Encoder struct {
 	index  []uint16           // value -> symbol, or none
 	symbol [MaxSymbols]uint32 // frequency << 16 | first entry in slot
-	slot   [Slots]uint16      // first entry + rank -> slot
 	common uint8
 	value  uint16 // of common
 	cost   [MaxSymbols]uint32
+	table  *Table
+	once   sync.Once
+	slot   *[Slots]uint16 // first entry + rank -> slot; made when plain code needs it
+	kernels
+}
+
+func (e *Encoder) slots() *[Slots]uint16 {
+	e.once.Do(func() {
+		slot := new([Slots]uint16)
+		e.table.slots(func(at, sym, rank int) { slot[e.symbol[sym]&0xffff+uint32(rank)] = uint16(at) })
+		e.slot = slot
+	})
+	return e.slot
 }
 
 // Common is the value that stands in for those without a symbol.
@@ -20,7 +36,8 @@ const none = 1 << 15
 
 // NewEncoder prepares a table for values below 1<<symBits.
 func NewEncoder(t *Table, symBits uint) *Encoder {
-	e := &Encoder{index: make([]uint16, 1<<symBits), common: uint8(t.Common()), value: t.Value[t.Common()]}
+	common := t.Common()
+	e := &Encoder{index: make([]uint16, 1<<symBits), common: uint8(common), value: t.Value[common], table: t}
 	for i := range e.index {
 		e.index[i] = none | uint16(e.common)
 	}
@@ -28,10 +45,9 @@ func NewEncoder(t *Table, symBits uint) *Encoder {
 	for s, v := range t.Value {
 		e.index[v] = uint16(s)
 		e.symbol[s] = uint32(t.Freq[s])<<16 | start
-		e.cost[s] = uint32(ScaleBits*LogOne - Log2(uint64(t.Freq[s])))
+		e.cost[s] = uint32(ScaleBits*LogOne - slotLog(t.Freq[s]))
 		start += uint32(t.Freq[s])
 	}
-	t.slots(func(slot, sym, rank int) { e.slot[e.symbol[sym]&0xffff+uint32(rank)] = uint16(slot) })
 	return e
 }
 
@@ -55,16 +71,14 @@ func (e *Encoder) Map(dst []uint8, values []uint16, patches []Patch) []Patch {
 	return patches
 }
 
-// Cost estimates, in units of 2^-16 bits, what values of these counts take.
-func (e *Encoder) Cost(counts []uint64, patchBits uint64) uint64 {
+// Cost estimates, in units of 2^-16 bits, what these values, each so many times, take.
+func (e *Encoder) Cost(values []uint16, counts []uint32, patchBits uint64) uint64 {
 	sum := uint64(0)
-	for v, c := range counts {
-		if c > 0 {
-			s := e.index[v]
-			sum += c * uint64(e.cost[uint8(s)])
-			if s >= none {
-				sum += c * patchBits * LogOne
-			}
+	for i, v := range values {
+		s, c := e.index[v], uint64(counts[i])
+		sum += c * uint64(e.cost[uint8(s)])
+		if s >= none {
+			sum += c * patchBits * LogOne
 		}
 	}
 	return sum
@@ -82,36 +96,22 @@ type Pair struct {
 // nil. Carry rides along in the lanes' first states and comes back from Decode: 64 bytes for half a bit a lane. The
 // states and the words are appended to dst; scratch is memory to work in.
 func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, pair *Pair, carry *[Lanes]uint16, scratch []byte) []byte {
-	var x [Lanes]uint32
-	for i := range x {
-		x[i] = lower | uint32(carry[i])
+	if classes == nil && pair == nil {
+		s := Stream{Symbols: symbols, Carry: *carry, Coded: dst, Scratch: scratch}
+		tables[0].Encode(&s)
+		return s.Coded
 	}
 	n := len(symbols)
-	q := 2*n + 2*Lanes // room below for the words of a turn
+	size := 2 * n
 	if pair != nil {
-		q += 2 * n
+		size += 2 * n
 	}
-	if cap(scratch) < q {
-		scratch = make([]byte, q)
-	}
-	scratch = scratch[:q]
-	put := func(i int, e *Encoder, s uint8) {
-		v, t := x[i%Lanes], e.symbol[s]
-		full := overflow(v, t)
-		binary.LittleEndian.PutUint16(scratch[q-2:], uint16(v))
-		q -= int(full << 1)
-		x[i%Lanes] = e.next(v>>(full<<4&31), t)
-	}
+	c := start(carry, size, scratch)
 	for end := n; end > 0; {
 		start := (end - 1) &^ (Lanes - 1)
-		if pair == nil && classes == nil && end-start == Lanes {
-			q -= int(tables[0].turnBack(&x, (*[Lanes]uint8)(symbols[start:]), (*[2 * Lanes]byte)(scratch[q-2*Lanes:])))
-			end = start
-			continue
-		}
 		if pair != nil {
 			for i := end - 1; i >= start; i-- {
-				put(i, pair.Tables[pair.Classes[i]], pair.Symbols[i])
+				c.put(i%Lanes, pair.Tables[pair.Classes[i]], pair.Symbols[i])
 			}
 		}
 		for i := end - 1; i >= start; i-- {
@@ -119,17 +119,98 @@ func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, pai
 			if classes != nil {
 				e = tables[classes[i]]
 			}
-			put(i, e, symbols[i])
+			c.put(i%Lanes, e, symbols[i])
 		}
 		end = start
 	}
-	for _, v := range x {
+	return c.finish(dst)
+}
+
+// Stream is a block to be coded with one table: its states and words are appended to Coded. Scratch is memory to work in.
+type Stream struct {
+	Symbols []uint8
+	Carry   [Lanes]uint16
+	Coded   []byte
+	Scratch []byte
+}
+
+// SideBySide is the number of streams from which on Encode is fastest.
+const SideBySide = 4
+
+// Encode codes up to SideBySide streams.
+func (e *Encoder) Encode(streams ...*Stream) {
+	var all [SideBySide]coding
+	for i, s := range streams {
+		c := &all[i]
+		*c = start(&s.Carry, 2*len(s.Symbols), s.Scratch)
+		c.symbols = s.Symbols
+		for n := len(c.symbols); n%Lanes != 0; n-- { // the turn that is not full comes first: coding goes backwards
+			c.put((n-1)%Lanes, e, c.symbols[n-1])
+			c.symbols = c.symbols[:n-1]
+		}
+	}
+	e.turns(all[:len(streams)])
+	for i, s := range streams {
+		s.Coded = all[i].finish(s.Coded)
+	}
+}
+
+// coding is a block under way.
+type coding struct {
+	x       [Lanes]uint32
+	symbols []uint8 // yet to come
+	words   []byte  // in the order in which they left, the reverse of that in which a decoder reads them
+	at      int
+}
+
+// start needs room for words of so many bytes. A turn stores more than it has, so there is room for one more.
+func start(carry *[Lanes]uint16, size int, scratch []byte) (c coding) {
+	size += 2 * Lanes
+	if cap(scratch) < size {
+		scratch = make([]byte, size)
+	}
+	c.words = scratch[:size]
+	for i := range c.x {
+		c.x[i] = lower | uint32(carry[i])
+	}
+	return c
+}
+
+func (c *coding) put(lane int, e *Encoder, s uint8) {
+	v, t := c.x[lane], e.symbol[s]
+	full := overflow(v, t)
+	binary.LittleEndian.PutUint16(c.words[c.at:], uint16(v))
+	c.at += int(full << 1)
+	c.x[lane] = e.next(v>>(full<<4&31), t, e.slots())
+}
+
+// finish appends the states and the words in the order of reading.
+func (c *coding) finish(dst []byte) []byte {
+	for _, v := range c.x {
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(v))
 	}
-	for _, v := range x {
+	for _, v := range c.x {
 		dst = binary.LittleEndian.AppendUint16(dst, uint16(v>>16))
 	}
-	return append(dst, scratch[q:]...)
+	words := c.words[:c.at]
+	const low = 0x00ff_00ff_00ff_00ff
+	for ; len(words) >= 8; words = words[:len(words)-8] {
+		v := bits.ReverseBytes64(binary.LittleEndian.Uint64(words[len(words)-8:]))
+		dst = binary.LittleEndian.AppendUint64(dst, v>>8&low|v&low<<8)
+	}
+	for ; len(words) > 0; words = words[:len(words)-2] {
+		dst = append(dst, words[len(words)-2], words[len(words)-1])
+	}
+	return dst
+}
+
+// turnsGeneric codes what is left of a block, whole turns.
+func (e *Encoder) turnsGeneric(c *coding) {
+	slots := e.slots()
+	for end := len(c.symbols); end > 0; end -= Lanes {
+		c.at += int(e.turnBack(&c.x, slots, (*[Lanes]uint8)(c.symbols[end-Lanes:]), (*[2 * Lanes]byte)(c.words[c.at:])))
+	}
+	c.symbols = nil
 }
 
 // overflow is 1 where the state is too large for the symbol: v >= f<<20. Its low word then leaves. Without a branch: a
@@ -139,23 +220,22 @@ func overflow(v, t uint32) uint32 {
 }
 
 // next is the state after a symbol.
-func (e *Encoder) next(v, t uint32) uint32 {
+func (e *Encoder) next(v, t uint32, slot *[Slots]uint16) uint32 {
 	f := t >> 16
 	d := v / f
-	return d<<ScaleBits | uint32(e.slot[(t+v-d*f)%Slots])
+	return d<<ScaleBits | uint32(slot[(t+v-d*f)%Slots])
 }
 
-// turnBack encodes 32 symbols, one a lane, the last first, and says how many bytes of words it left at the end of out.
+// turnBack encodes 32 symbols, one a lane, the last first, and says how many bytes of words it left in out.
 //
 //go:noinline
-func (e *Encoder) turnBack(x *[Lanes]uint32, symbols *[Lanes]uint8, out *[2 * Lanes]byte) uint32 {
-	n := uint32(2*Lanes - 2)
+func (e *Encoder) turnBack(x *[Lanes]uint32, slot *[Slots]uint16, symbols *[Lanes]uint8, out *[2 * Lanes]byte) (n uint32) {
 	for j := Lanes - 1; j >= 0; j-- {
 		v, t := x[j], e.symbol[symbols[j]]
 		full := overflow(v, t)
 		binary.LittleEndian.PutUint16(out[n&(2*Lanes-2):], uint16(v))
-		n -= full << 1
-		x[j] = e.next(v>>(full<<4&31), t)
+		n += full << 1
+		x[j] = e.next(v>>(full<<4&31), t, slot)
 	}
-	return 2*Lanes - 2 - n
+	return n
 }

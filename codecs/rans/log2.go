@@ -47,3 +47,14 @@ func Log2(x uint64) uint64 {
 	lo, hi := uint64(logTable[i]), uint64(logTable[i+1])
 	return whole<<logFrac + lo + (hi-lo)*rem>>16
 }
+
+// slotLogs are the logarithms of frequencies.
+var slotLogs = func() (t [Slots + 1]uint32) {
+	for i := range t {
+		t[i] = uint32(Log2(uint64(i)))
+	}
+	return t
+}()
+
+// slotLog is Log2 of a frequency.
+func slotLog(f uint16) uint64 { return uint64(slotLogs[f]) }

@@ -2,7 +2,6 @@ package rans
 
 import (
 	"encoding/binary"
-	"fmt"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -200,24 +199,4 @@ func FuzzParseTable(f *testing.F) {
 			require.Equal(t, table, again)
 		}
 	})
-}
-
-func BenchmarkEncode(b *testing.B) {
-	r := rand.New(rand.NewPCG(7, 8))
-	const n = 1 << 16
-	for _, symbols := range []int{30, 256} {
-		values := normal(r, n, symbols, float64(symbols)/10)
-		table, _ := Build(histogram(values, 256), symbols, 32)
-		enc := NewEncoder(table, 8)
-		syms := make([]uint8, n)
-		scratch := make([]byte, 2*n)
-		enc.Map(syms, values, nil)
-		b.Run(fmt.Sprintf("%d-symbols/generic/64Ki", symbols), func(b *testing.B) {
-			b.SetBytes(2 * n)
-			coded := []byte(nil)
-			for b.Loop() {
-				coded = Encode(coded[:0], syms, []*Encoder{enc}, nil, nil, &[Lanes]uint16{}, scratch)
-			}
-		})
-	}
 }

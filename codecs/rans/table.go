@@ -247,27 +247,27 @@ func (r *bitReader) finish() (rest []byte, ok bool) {
 // for their slots are left out; each of their occurrences is coded as the commonest value and patched at patchBits. The
 // table is nil where fewer than two values are worth a slot.
 func Build(counts []uint64, maxSymbols int, patchBits uint64) (*Table, uint64) {
-	total, present := uint64(0), make([]uint16, 0, 512)
-	for v, c := range counts {
+	total, n := uint64(0), 0
+	for _, c := range counts {
 		if c > 0 {
 			total += c
-			present = append(present, uint16(v))
+			n++
 		}
 	}
-	if len(present) == 0 {
+	if n == 0 {
 		return nil, 0
 	}
-	byCount := func(a, b uint16) int {
-		if counts[a] != counts[b] {
-			if counts[a] > counts[b] {
-				return -1
-			}
-			return 1
+	order := make([]uint64, 0, n) // by count, the highest first, then by value; counts are below 1<<47
+	for v, c := range counts {
+		if c > 0 {
+			order = append(order, (1<<47-c)<<16|uint64(v))
 		}
-		return int(a) - int(b)
 	}
-	slices.SortFunc(present, byCount)
-	kept := present[:min(len(present), maxSymbols)]
+	slices.Sort(order)
+	kept := make([]uint16, min(n, maxSymbols))
+	for i := range kept {
+		kept[i] = uint16(order[i])
+	}
 	// A rare value takes one slot, which costs the others log2(4096/4095) = 1/2839 bit each, about 12 bits of table and
 	// 12 bits an occurrence.
 	for len(kept) > 0 {
@@ -289,7 +289,6 @@ func Build(counts []uint64, maxSymbols int, patchBits uint64) (*Table, uint64) {
 		return nil, rare * patchBits * LogOne
 	}
 	common := kept[0]
-	kept = slices.Clone(kept)
 	slices.Sort(kept)
 	t := &Table{Value: kept, Freq: make([]uint16, len(kept))}
 	weights := make([]uint64, len(kept))
@@ -302,7 +301,7 @@ func Build(counts []uint64, maxSymbols int, patchBits uint64) (*Table, uint64) {
 	quantise(weights, total, t.Freq)
 	cost := rare * patchBits * LogOne
 	for i, w := range weights {
-		cost += w * (ScaleBits*LogOne - Log2(uint64(t.Freq[i])))
+		cost += w * (ScaleBits*LogOne - slotLog(t.Freq[i]))
 	}
 	return t, cost + uint64(len(kept))*11*LogOne
 }
@@ -316,27 +315,43 @@ func quantise(weights []uint64, total uint64, freq []uint16) {
 		freq[i] = uint16(min(max(f, 1), Slots-uint64(len(weights)-1)))
 		sum += int(freq[i])
 	}
-	for sum > Slots {
+	var steps [MaxSymbols]uint64 // what a step down loses, or one up gains, plus one
+	loss := func(i int) uint64 {
+		if freq[i] == 1 {
+			return 1 << 63
+		}
+		return weights[i] * (slotLog(freq[i]) - slotLog(freq[i]-1))
+	}
+	gain := func(i int) uint64 { return weights[i]*(slotLog(freq[i]+1)-slotLog(freq[i])) + 1 }
+	step := steps[:len(weights)]
+	if sum > Slots {
+		for i := range step {
+			step[i] = loss(i)
+		}
+	}
+	for ; sum > Slots; sum-- {
 		best, at := uint64(1)<<63, -1
-		for i, w := range weights {
-			if f := uint64(freq[i]); f > 1 {
-				if loss := w * (Log2(f) - Log2(f-1)); loss < best {
-					best, at = loss, i
-				}
+		for i, x := range step {
+			if x < best {
+				best, at = x, i
 			}
 		}
 		freq[at]--
-		sum--
+		step[at] = loss(at)
 	}
-	for sum < Slots {
+	if sum < Slots {
+		for i := range step {
+			step[i] = gain(i)
+		}
+	}
+	for ; sum < Slots; sum++ {
 		best, at := uint64(0), 0
-		for i, w := range weights {
-			f := uint64(freq[i])
-			if gain := w*(Log2(f+1)-Log2(f)) + 1; gain > best {
-				best, at = gain, i
+		for i, x := range step {
+			if x > best {
+				best, at = x, i
 			}
 		}
 		freq[at]++
-		sum++
+		step[at] = gain(at)
 	}
 }

@@ -45,3 +45,16 @@ func Dword(name string, v uint32) operand.Mem {
 	}
 	return m
 }
+
+// Words is a vector of constants in memory.
+func Words(name string, v [32]uint16) operand.Mem {
+	m, ok := constants[name]
+	if !ok {
+		m = build.GLOBL(name, attr.RODATA|attr.NOPTR)
+		for i, w := range v {
+			build.DATA(2*i, operand.U16(w))
+		}
+		constants[name] = m
+	}
+	return m
+}
