@@ -109,7 +109,8 @@ func (t *narrowTables) fill(table *Table) {
 // wideTables are those of more.
 type wideTables struct {
 	freq  [MaxSymbols]uint16 // << 4
-	first [MaxSymbols]uint16 // slot
+	first [MaxSymbols]uint16 // entry in slot
+	slot  [Slots + 1]uint16  // first + rank -> slot; the kernels read a word more
 }
 
 func (t *wideTables) fill(table *Table) {
@@ -118,6 +119,7 @@ func (t *wideTables) fill(table *Table) {
 		t.freq[s], t.first[s] = f<<4, first
 		first += f
 	}
+	table.slots(func(slot, sym, rank int) { t.slot[int(t.first[sym])+rank] = uint16(slot) })
 }
 
 // begin hands the blocks that have turns left to a kernel, and as many turns as all of them have. It says whether there

@@ -22,7 +22,8 @@ const (
 	argState   = 80
 )
 
-// Offsets in rans.narrowTables, 64 words each. Those in wideTables are 256 words of frequencies << 4 and 256 of starts.
+// Offsets in rans.narrowTables, 64 words each. Those in wideTables are 256 words of frequencies << 4, 256 of starts, and the
+// slots from wideSlots on.
 const (
 	tabFreq  = 128 * iota // frequency << 4
 	tabRcpLo              // low halves of the floats a little below 1/frequency
@@ -220,7 +221,9 @@ func narrow(streams int) {
 	})
 }
 
-// wide is the form for tables of the cumulative layout.
+const wideSlots = 1024
+
+// wide is the form for tables of more symbols. Slots are looked up: a search would take as long.
 func wide(streams int) {
 	args, tab, turns, c := begin("Wide", streams, "256 symbols")
 	t := tables(tab, 8, 0, 128, 256, 384, 512, 640, 768, 896)
@@ -252,10 +255,20 @@ func wide(streams int) {
 			VCVTUDQ2PS(d, d)
 			VDIVPS_RZ_SAE(d, x[1], x[1])
 		})
-		Comment("slot := first + rank")
-		slot := look(t[4:])
-		VPADDW(rank, slot, slot)
-		s.next(q, q4, slot)
+		Comment("slot := slots[first+rank] // two bytes too many are read")
+		at := look(t[4:])
+		VPADDW(rank, at, at)
+		var slot [2]reg.VecVirtual
+		for i, unpack := range []func(...Op){VPUNPCKLWD, VPUNPCKHWD} {
+			index, every := ZMM(), K()
+			slot[i] = ZMM()
+			unpack(zero, at, index)
+			VPTESTNMD(zero, zero, every)
+			VPXORD(zero, zero, slot[i])
+			VPGATHERDD(Mem{Base: tab, Index: index, Scale: 2, Disp: wideSlots}, every, slot[i])
+		}
+		VPERMT2W(slot[1], c.low, slot[0])
+		s.next(q, q4, slot[0])
 	})
 }
 
