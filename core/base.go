@@ -187,6 +187,37 @@ func (t *baseTensor) identity(p *pool) ([16]byte, error) {
 	return t.md5, t.err
 }
 
+// identify computes the MD5 of tensors that are not known yet, many side by side. Some may be nil.
+func (b *base) identify(tensors []*baseTensor, p *pool) error {
+	var messages []message
+	for _, t := range tensors {
+		if t != nil && !t.known {
+			messages = append(messages, &identifying{t, b})
+		}
+	}
+	return digestAll(messages, p)
+}
+
+type identifying struct {
+	*baseTensor
+	of *base
+}
+
+func (t *identifying) size() (all, piece int64) { return t.bytes, readPiece }
+
+func (t *identifying) make(dst []byte, off int64, _ *codecs.Scratch) error {
+	return readAll(t.src, dst, off)
+}
+
+func (t *identifying) digest([]byte) {}
+
+func (t *identifying) end(sum [16]byte, err error) error {
+	if err == nil {
+		t.once.Do(func() { t.md5 = sum })
+	}
+	return inFile(err, t.of.path)
+}
+
 // block gives bytes lo to hi, which are whole blocks of the tensor.
 func (t *baseTensor) block(lo, hi int64, s *codecs.Scratch) ([]byte, error) {
 	s.BaseBytes = slices.Grow(s.BaseBytes[:0], int(hi-lo))[:hi-lo]

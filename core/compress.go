@@ -144,14 +144,11 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 		}
 	}
 	if b != nil {
-		err := p.run(len(items), func(i int, _ *codecs.Scratch) error {
-			if items[i].base == nil {
-				return nil
-			}
-			_, err := items[i].base.identity(p)
-			return inFile(err, b.path)
-		})
-		if err != nil {
+		tensors := make([]*baseTensor, len(items))
+		for i, it := range items {
+			tensors[i] = it.base
+		}
+		if err := b.identify(tensors, p); err != nil {
 			return res, err
 		}
 	}

@@ -2,11 +2,11 @@ package core
 
 import (
 	"bytes"
-	"crypto/md5"
 	"crypto/sha256"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"bigsmall.dev/bigsmall/codecs"
 )
@@ -72,7 +72,7 @@ func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool
 		p.total(size)
 	}
 	p.done(int64(len(layout.prefix)))
-	err = r.streamAll(p, func(i int, off int64, b []byte) error {
+	err = r.streamAll(p, func(i int, off int64, b []byte, _ *codecs.Scratch) error {
 		_, err := tmp.WriteAt(b, start[r.tensors[i].entry.name]+off)
 		return inFile(err, dst)
 	}, func(_ int, err error) error { return err })
@@ -106,79 +106,88 @@ func (r *Reader) checkIdentities(p *pool) error {
 	if len(need) > 0 && r.base == nil {
 		return r.noBase(need[0].file)
 	}
-	return p.run(len(need), func(i int, _ *codecs.Scratch) error {
-		e := need[i].entry
-		_, err := r.base.tensor(e.name, e.dtype, e.bytes, e.baseMD5, p)
-		return at(err, need[i].file.name, e.name)
-	})
-}
-
-// streamAll decodes every tensor and hands its bytes to sink, in order and a few MiB at a time; then it compares the MD5.
-// What goes wrong with tensor i goes through verdict, and ends everything where that returns an error.
-func (r *Reader) streamAll(p *pool, sink func(i int, off int64, b []byte) error, verdict func(i int, err error) error) error {
-	one := func(i int) error {
-		err := r.stream(i, p, func(off int64, b []byte) error { return sink(i, off, b) })
-		if err != nil && StatusOf(err) != Cancelled {
-			err = verdict(i, err)
+	var tensors []*baseTensor
+	for _, t := range need {
+		b, err := r.base.find(t.entry.name, t.entry.dtype, t.entry.bytes)
+		if err != nil {
+			return at(err, t.file.name, t.entry.name)
 		}
+		tensors = append(tensors, b)
+	}
+	if err := r.base.identify(tensors, p); err != nil {
 		return err
 	}
-	size := func(i int) int64 { return r.tensors[i].entry.bytes }
-	return batches(len(r.tensors), size, func(lo, hi int) error {
-		return p.run(hi-lo, func(i int, _ *codecs.Scratch) error { return one(lo + i) })
-	})
-}
-
-// stream decodes tensor i piece by piece.
-func (r *Reader) stream(i int, p *pool, sink func(off int64, b []byte) error) error {
-	t := r.tensors[i]
-	sum := md5.New()
-	if t.entry.bytes > 0 {
-		q, err := r.openPayload(t)
-		if err != nil {
-			return err
+	for _, t := range need {
+		e := t.entry
+		if _, err := r.base.tensor(e.name, e.dtype, e.bytes, e.baseMD5, p); err != nil {
+			return at(err, t.file.name, e.name)
 		}
-		const run = codecs.GroupBlocks
-		per := q.BlockBytes() * run
-		groups := int((t.entry.bytes + per - 1) / per)
-		window := p.window(per)
-		buf := make([]byte, min(int64(window)*per, t.entry.bytes))
-		for first := 0; first < groups; first += window {
-			lo := int64(first) * per
-			hi := min(lo+int64(window)*per, t.entry.bytes)
-			out := buf[:hi-lo]
-			err := p.run(min(window, groups-first), func(k int, s *codecs.Scratch) error {
-				a := lo + int64(k)*per
-				z := min(a+per, hi)
-				b := (first + k) * run
-				return q.decode(b, min(b+run, q.Blocks()), a, z, out[a-lo:z-lo], s)
-			})
-			if err != nil {
-				return at(err, t.file.name, t.entry.name)
-			}
-			err = p.run(2, func(k int, _ *codecs.Scratch) error {
-				if k == 0 {
-					sum.Write(out)
-					return nil
-				}
-				return sink(lo, out)
-			})
-			if err != nil {
-				return err
-			}
-			p.done(hi - lo)
-		}
-	}
-	if got := [16]byte(sum.Sum(nil)); got != t.entry.md5 {
-		return at(failf(Checksum, "MD5 of the decoded bytes is %x, the header says %x", got, t.entry.md5), t.file.name, t.entry.name)
 	}
 	return nil
 }
 
-// window is how many groups of that many bytes are in flight at once: enough for all threads, at most 32 MiB beyond
-// that.
-func (p *pool) window(per int64) int {
-	return max(p.width(), min(4*p.width(), int(smallTensor/per)))
+// streamAll decodes every tensor, hands its bytes to sink piece by piece, in any order and many at once, and compares the
+// MD5. What goes wrong with tensor i goes through verdict, and ends everything where that returns an error.
+func (r *Reader) streamAll(p *pool, sink func(i int, off int64, b []byte, s *codecs.Scratch) error, verdict func(i int, err error) error) error {
+	messages := make([]message, len(r.tensors))
+	for i, t := range r.tensors {
+		messages[i] = &decoding{tensor: t, i: i, r: r, pool: p, sink: sink, verdict: verdict}
+	}
+	return digestAll(messages, p)
+}
+
+// decoding is a tensor on its way out of a file.
+type decoding struct {
+	tensor
+	i       int
+	r       *Reader
+	pool    *pool
+	sink    func(i int, off int64, b []byte, s *codecs.Scratch) error
+	verdict func(i int, err error) error
+	open    sync.Once
+	payload *payload
+	err     error
+}
+
+// pieceBlocks is how many blocks are decoded at once.
+const pieceBlocks = 4
+
+func (d *decoding) size() (all, piece int64) {
+	m, err := d.r.master(d.tensor) // a tie may be of another dtype: its blocks are its master's
+	if err != nil {
+		m = d.tensor // make fails
+	}
+	return d.entry.bytes, int64(pieceBlocks * codecs.BlockWords * m.entry.dtype.WordBytes())
+}
+
+func (d *decoding) make(dst []byte, off int64, s *codecs.Scratch) error {
+	d.open.Do(func() { d.payload, d.err = d.r.openPayload(d.tensor) })
+	if d.err != nil {
+		return d.err
+	}
+	q, end := d.payload, off+int64(len(dst))
+	first, last := off/q.BlockBytes(), (end+q.BlockBytes()-1)/q.BlockBytes()
+	if err := q.decode(int(first), int(last), off, end, dst, s); err != nil {
+		return at(err, d.file.name, d.entry.name)
+	}
+	if err := d.sink(d.i, off, dst, s); err != nil {
+		return err
+	}
+	d.pool.done(int64(len(dst)))
+	return nil
+}
+
+func (d *decoding) digest([]byte) {}
+
+func (d *decoding) end(sum [16]byte, err error) error {
+	d.payload = nil // tables would pile up
+	if err == nil && sum != d.entry.md5 {
+		err = at(failf(Checksum, "MD5 of the decoded bytes is %x, the header says %x", sum, d.entry.md5), d.file.name, d.entry.name)
+	}
+	if err != nil && StatusOf(err) != Cancelled {
+		err = d.verdict(d.i, err)
+	}
+	return err
 }
 
 // decompressTree restores a directory.

@@ -38,6 +38,7 @@ func SetWorkers(n int) { workers.Store(int32(n)) }
 // helpers only while tokens are left, so nothing waits for a token.
 type pool struct {
 	job     Job
+	threads int
 	tokens  chan struct{}
 	mu      sync.Mutex
 	scratch []*codecs.Scratch
@@ -55,15 +56,25 @@ func newPool(job *Job) *pool {
 	if n <= 0 {
 		n = Workers()
 	}
-	p.tokens = make(chan struct{}, min(n, maxWidth)-1)
-	for range cap(p.tokens) {
+	p.threads = min(n, maxWidth)
+	p.tokens = make(chan struct{}, p.threads) // the caller's too, while he waits
+	for range p.threads - 1 {
 		p.tokens <- struct{}{}
 	}
 	return p
 }
 
 // width is the number of threads.
-func (p *pool) width() int { return cap(p.tokens) + 1 }
+func (p *pool) width() int { return p.threads }
+
+// wait waits for c, whose lock is held, and lets another thread run meanwhile.
+func (p *pool) wait(c *sync.Cond) {
+	p.tokens <- struct{}{}
+	c.Wait()
+	c.L.Unlock()
+	<-p.tokens
+	c.L.Lock()
+}
 
 func (p *pool) cancelled() bool { return p.job.Cancel != nil && atomic.LoadInt32(p.job.Cancel) != 0 }
 

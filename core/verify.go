@@ -14,6 +14,8 @@ import (
 	"sync"
 
 	"github.com/go-json-experiment/json"
+
+	"bigsmall.dev/bigsmall/codecs"
 )
 
 // Report is what Verify found.
@@ -127,7 +129,7 @@ func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report,
 		p.total(r.files[0].sourceBytes() - int64(len(r.files[0].source)))
 	}
 	var mu sync.Mutex
-	err = r.streamAll(p, func(i int, off int64, b []byte) error {
+	err = r.streamAll(p, func(i int, off int64, b []byte, s *codecs.Scratch) error {
 		if src == nil {
 			return nil
 		}
@@ -139,7 +141,7 @@ func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report,
 		if t == nil {
 			return failf(Checksum, "the source has no such tensor of %d bytes of %s", e.bytes, e.dtype)
 		}
-		same, err := equalAt(t.src, off, b)
+		same, err := equalAt(t.src, off, b, s)
 		if err == nil && !same {
 			err = failf(Checksum, "differs from the source in bytes %d to %d", off, off+int64(len(b)))
 		}
@@ -164,6 +166,9 @@ func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report,
 	return rep, err
 }
 
+// shaWindow is how many bytes are decoded at once where a digest takes them in their order.
+const shaWindow = 32 << 20
+
 // checkSHA256 compares the SHA-256 of the source, where the file has it, with that of what it decodes to, in the order of
 // the source.
 func (r *Reader) checkSHA256(report func(tensor, format string, args ...any), p *pool) error {
@@ -178,13 +183,15 @@ func (r *Reader) checkSHA256(report func(tensor, format string, args ...any), p 
 	h := sha256.New()
 	h.Write(layout.prefix)
 	silent := newPool(&Job{Workers: p.width(), Cancel: p.job.Cancel}) // the progress is made already
+	buf := make([]byte, min(shaWindow, sourceSize(layout)))
 	for _, t := range layout.tensors {
-		err := r.stream(r.byName[t.Name], silent, func(_ int64, b []byte) error {
-			h.Write(b)
-			return nil
-		})
-		if err != nil {
-			return err
+		for lo := int64(0); lo < t.End-t.Begin; lo += shaWindow {
+			hi := min(lo+shaWindow, t.End-t.Begin)
+			one := &request{tensor: r.tensors[r.byName[t.Name]], lo: lo, hi: hi, dst: buf[:hi-lo]}
+			if err := r.decodeAll([]*request{one}, silent); err != nil {
+				return err
+			}
+			h.Write(one.dst)
 		}
 	}
 	if sum := h.Sum(nil); !bytes.Equal(sum, c.sha256) {
@@ -193,19 +200,13 @@ func (r *Reader) checkSHA256(report func(tensor, format string, args ...any), p 
 	return nil
 }
 
-func equalAt(r io.ReaderAt, off int64, b []byte) (bool, error) {
-	buf := make([]byte, min(len(b), 1<<20))
-	for len(b) > 0 {
-		n := min(len(b), len(buf))
-		if _, err := r.ReadAt(buf[:n], off); err != nil && err != io.EOF {
-			return false, err
-		}
-		if !bytes.Equal(buf[:n], b[:n]) {
-			return false, nil
-		}
-		b, off = b[n:], off+int64(n)
+// equalAt reports whether the bytes of r from off on are b.
+func equalAt(r io.ReaderAt, off int64, b []byte, s *codecs.Scratch) (bool, error) {
+	s.Output = slices.Grow(s.Output[:0], len(b))[:len(b)]
+	if _, err := r.ReadAt(s.Output, off); err != nil && err != io.EOF {
+		return false, err
 	}
-	return true, nil
+	return bytes.Equal(s.Output, b), nil
 }
 
 // Info is everything the headers say, as one JSON object; bs_reader_info documents it.

@@ -3,7 +3,6 @@ package core
 import (
 	"bytes"
 	"context"
-	"crypto/md5"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -269,27 +269,70 @@ func isDiffusion(tensors []sourceTensor) bool {
 	return false
 }
 
-// smallTensor is up to where a tensor's payload is made in memory, beside others; larger ones are written group by group.
-const smallTensor = 32 << 20
-
 // item is a tensor on its way into the file, number n of the source's.
 type item struct {
-	n       int
-	spec    sourceTensor
-	src     io.ReaderAt
-	base    *baseTensor
-	hash    uint64
-	md5     [16]byte
-	payload [][]byte
-	entry   headerTensor
+	n     int
+	spec  sourceTensor
+	src   io.ReaderAt
+	base  *baseTensor
+	entry headerTensor
+
+	xxh  *xxh3.Hasher // while it is digested
+	hash uint64
+	md5  [16]byte
+
+	// The payload, as far as it is coded and not in the file. See pipeline.
+	coded   bool
+	head    []byte
+	groups  [][]byte
+	written int   // groups in the file,
+	at      int64 // which end here, relative to the payload
 }
 
-// fingerprint computes hash and MD5 of the item's bytes.
-func (it *item) fingerprint(p *pool) error {
-	h, m := xxh3.New(), md5.New()
-	err := p.copy(io.MultiWriter(h, m), it.src, it.spec.End-it.spec.Begin)
-	it.hash = h.Sum64()
-	copy(it.md5[:], m.Sum(nil))
+// The bytes of an item as a message.
+
+// readPiece is how many bytes of a file are read at once to be digested: 16 of them stay in cache.
+const readPiece = 32 << 10
+
+var hashers = sync.Pool{New: func() any { return xxh3.New() }}
+
+func (it *item) size() (all, piece int64) { return it.spec.End - it.spec.Begin, readPiece }
+
+func (it *item) make(dst []byte, off int64, _ *codecs.Scratch) error {
+	return readAll(it.src, dst, off)
+}
+
+func (it *item) digest(b []byte) {
+	if it.spec.End-it.spec.Begin <= readPiece {
+		it.hash = xxh3.Hash(b)
+		return
+	}
+	if it.xxh == nil {
+		it.xxh = hashers.Get().(*xxh3.Hasher)
+		it.xxh.Reset()
+	}
+	it.xxh.Write(b)
+}
+
+func (it *item) end(sum [16]byte, err error) error {
+	it.md5 = sum
+	if it.xxh != nil {
+		it.hash = it.xxh.Sum64()
+		hashers.Put(it.xxh)
+		it.xxh = nil
+	}
+	return at(err, "", it.spec.Name)
+}
+
+// readAll fills dst with what stands at off.
+func readAll(src io.ReaderAt, dst []byte, off int64) error {
+	n, err := src.ReadAt(dst, off)
+	if n == len(dst) {
+		return nil
+	}
+	if err == nil || err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
 	return err
 }
 
@@ -301,7 +344,7 @@ func (p *pool) copy(w io.Writer, src io.ReaderAt, n int64) error {
 			return context.Canceled
 		}
 		b := buf[:min(int64(len(buf)), n-at)]
-		if _, err := io.ReadFull(io.NewSectionReader(src, at, int64(len(b))), b); err != nil {
+		if err := readAll(src, b, at); err != nil {
 			return err
 		}
 		if _, err := w.Write(b); err != nil {
@@ -312,57 +355,32 @@ func (p *pool) copy(w io.Writer, src io.ReaderAt, n int64) error {
 	return nil
 }
 
+// windowBytes is how much of the source is digested before it is coded: what the page cache keeps until it is read again.
+const windowBytes = 1 << 30
+
 // put compresses tensors and appends them in this order.
 func (w *writer) put(items []*item, p *pool) error {
-	size := func(i int) int64 { return items[i].spec.End - items[i].spec.Begin }
-	return batches(len(items), size, func(lo, hi int) error { return w.putBatch(items[lo:hi], p) })
-}
-
-// batches calls f for runs of 0 to n-1 that together have at most smallTensor bytes, or are one larger tensor.
-func batches(n int, size func(i int) int64, f func(lo, hi int) error) error {
-	for lo := 0; lo < n; {
-		hi, sum := lo+1, size(lo)
-		for hi < n && sum+size(hi) <= smallTensor {
-			sum += size(hi)
-			hi++
+	for len(items) > 0 {
+		n, bytes := 0, int64(0)
+		for n == 0 || n < len(items) && bytes < windowBytes {
+			all, _ := items[n].size()
+			bytes += all
+			n++
 		}
-		if err := f(lo, hi); err != nil {
+		messages := make([]message, n)
+		for i, it := range items[:n] {
+			messages[i] = it
+		}
+		if err := digestAll(messages, p); err != nil {
 			return err
 		}
-		lo = hi
-	}
-	return nil
-}
-
-func (w *writer) putBatch(items []*item, p *pool) error {
-	err := p.run(len(items), func(i int, _ *codecs.Scratch) error {
-		return at(items[i].fingerprint(p), "", items[i].spec.Name)
-	})
-	if err != nil {
-		return err
-	}
-	for _, it := range items {
-		w.tie(it)
-	}
-	err = p.run(len(items), func(i int, _ *codecs.Scratch) error {
-		return at(w.encode(items[i], p), "", items[i].spec.Name)
-	})
-	if err != nil {
-		return err
-	}
-	for _, it := range items {
-		offset := int64(0)
-		for _, b := range it.payload {
-			if err := w.writePayload(offset, b); err != nil {
-				return err
-			}
-			offset += int64(len(b))
+		for _, it := range items[:n] {
+			w.tie(it)
 		}
-		it.payload = nil
-		it.entry.Offset = uint64(w.next)
-		w.next += int64(it.entry.Compressed)
-		w.head.Tensors = append(w.head.Tensors, it.entry)
-		w.srcBytes += it.spec.End - it.spec.Begin
+		if err := w.encodeAll(items[:n], p); err != nil {
+			return err
+		}
+		items = items[n:]
 	}
 	return nil
 }
@@ -378,6 +396,14 @@ const (
 func (w *writer) writePayload(at int64, b []byte) error {
 	_, err := w.tmp.WriteAt(b, w.dataAt+w.next+at)
 	return err
+}
+
+// add ends the payload that is next.
+func (w *writer) add(it *item) {
+	it.entry.Offset = uint64(w.next)
+	w.next += int64(it.entry.Compressed)
+	w.head.Tensors = append(w.head.Tensors, it.entry)
+	w.srcBytes += it.spec.End - it.spec.Begin
 }
 
 // tie fills in the entry, and makes it a tie where the same bytes were written already.
@@ -403,70 +429,6 @@ func (w *writer) tie(it *item) {
 	if len(appendTensor(nil, &tied))+1 <= w.entries[it.n] {
 		it.entry = tied
 	}
-}
-
-// encode makes the payload of a tensor, groups of blocks in parallel: in memory, or, where the tensor is large and so
-// alone in its batch, in the file.
-func (w *writer) encode(it *item, p *pool) error {
-	n := it.spec.End - it.spec.Begin
-	if n == 0 || it.entry.Codec == codecTied {
-		p.done(n)
-		return nil
-	}
-	t := &codecs.Tensor{DType: it.spec.DType, Shape: it.entry.Shape, Bytes: n, Src: it.src, Mode: w.opts.Mode, Run: p.run}
-	choose := codecs.NewEncoding
-	if it.base != nil {
-		t.Base = it.base
-		choose = codecs.NewDelta
-	}
-	e, err := choose(t)
-	if err != nil {
-		return err
-	}
-	groups := make([]codecs.Index, e.Groups())
-	out := make([][]byte, min(len(groups), p.window(e.GroupBytes(0))))
-	memory := [][]byte{nil} // the head, which comes last, and the groups
-	at := int64(e.HeadLen())
-	for first := 0; first < len(groups); first += len(out) {
-		count := min(len(out), len(groups)-first)
-		err := p.run(count, func(i int, s *codecs.Scratch) (err error) {
-			out[i], groups[first+i], err = e.AppendGroup(out[i][:0], first+i, s)
-			return err
-		})
-		if err != nil {
-			return err
-		}
-		for i := range count {
-			if first+i == len(groups)-1 {
-				out[i] = e.Seal(out[i], groups[first+i], at)
-			}
-			b := out[i]
-			if n <= smallTensor {
-				memory = append(memory, bytes.Clone(b))
-			} else if err := w.writePayload(at, b); err != nil {
-				return err
-			}
-			at += int64(len(b))
-			p.done(e.GroupBytes(first + i))
-		}
-	}
-	head, sum := e.Head(groups)
-	if n <= smallTensor {
-		memory[0] = head
-		it.payload = memory
-	} else if err := w.writePayload(0, head); err != nil {
-		return err
-	}
-	id, special := e.Codec()
-	it.entry.Codec, it.entry.Compressed = id, uint64(at)
-	it.entry.Extra = &headerExtra{Head: uint64(len(head)), Checksum: hash(sum)}
-	if special != "" {
-		it.entry.Special = &special
-	}
-	if id == codecs.CodecDelta {
-		it.entry.Extra.BaseMD5 = hex.EncodeToString(it.base.md5[:])
-	}
-	return nil
 }
 
 func hash(sum uint64) string { return fmt.Sprintf("%016x", sum) }
