@@ -1,7 +1,7 @@
 # Needs Go, Python 3.9+ and a C compiler. Everything else is installed under build/.
 #
 #   make demo         what it does, on a real model (no torch)
-#   make test         Go and Python tests
+#   make test         Go and Python tests; BIGSMALL_REQUIRE_CPU=avx512 (or avx2) fails where the machine lacks that
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -69,6 +69,7 @@ demo: $(VENV_DEMO)/.bigsmall
 
 test: $(VENV_TEST)/.bigsmall
 	go test $(GO_PACKAGES)
+	go test -tags purego ./codecs/...
 	$(VENV_TEST)/bin/python -m pytest tests/py
 
 # Only bs_* leave the library; cgo does not let a source file say so.
