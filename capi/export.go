@@ -14,6 +14,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"bigsmall.dev/bigsmall/codecs"
+	"bigsmall.dev/bigsmall/codecs/cpu"
 	"bigsmall.dev/bigsmall/core"
 )
 
@@ -32,6 +33,26 @@ func go_set_workers(n C.int32_t) C.int32_t {
 	}
 	core.SetWorkers(int(n))
 	return C.BS_OK
+}
+
+var tiers = sync.OnceValue(func() (names [cpu.AVX512 + 1]*C.char) {
+	for t := range names {
+		names[t] = C.CString(cpu.Tier(t).String())
+	}
+	return names
+})
+
+//export go_cpu
+func go_cpu() *C.char { return tiers()[cpu.Active()] }
+
+//export go_set_cpu
+func go_set_cpu(name *C.char, e *C.bs_error) C.int32_t {
+	return call(nil, e, func() error {
+		if err := cpu.Use(optional(name)); err != nil {
+			return invalid("%s", err)
+		}
+		return nil
+	})
 }
 
 // open stores a new handle at the caller's address.

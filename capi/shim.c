@@ -44,6 +44,13 @@ bs_status bs_set_workers(int32_t workers) {
     return (bs_status)go_set_workers(workers);
 }
 
+const char *bs_cpu(void) { return forked ? "" : go_cpu(); }
+
+bs_status bs_set_cpu(const char *name, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_set_cpu((void *)name, error);
+}
+
 bs_status bs_reader_open(const char *path, const char *base, bs_reader **reader, bs_error *error) {
     if (forked) return refuse(error);
     return (bs_status)go_reader_open((void *)path, (void *)base, reader, error);

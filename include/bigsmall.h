@@ -163,6 +163,15 @@ BS_API int32_t bs_workers(void);
 /* Sets that number, at least 1; 0 returns to the default. A negative one is BS_INVALID_ARGUMENT. */
 BS_API bs_status bs_set_workers(int32_t workers);
 
+/* The instructions that decoding and encoding use: "generic" (plain Go), "avx2" or "avx512". At first the best that this
+ * machine and build have, or what the environment variable BIGSMALL_CPU named when the process started; a wrong name there
+ * counts as none. What is read and written is the same with all. Static, ends with NUL. */
+BS_API const char *bs_cpu(void);
+
+/* Chooses them by name; NULL or "" returns to the best. An unknown name, or one that this machine or build lacks, is
+ * BS_INVALID_ARGUMENT and changes nothing. A call that is under way may use either. */
+BS_API bs_status bs_set_cpu(const char *name, bs_error *error);
+
 /* ---- reading ---------------------------------------------------------------------------------------------------- */
 
 typedef struct bs_reader bs_reader;

@@ -5,6 +5,7 @@
     load, safe_open                 torch tensors or numpy arrays from `.bs` files
     save_file                       `.bs` files from tensors in memory
     info, verify                    what a file holds, and whether it is whole
+    cpu, set_cpu                    which instructions do the work (or BIGSMALL_CPU: generic, avx2, avx512)
     errors                          the exceptions
 
 Importing this loads neither numpy nor torch nor the native library; each comes with the first use that needs it.
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
         VerifyReport,
         compress,
         compress_delta,
+        cpu,
         decompress,
         decompress_delta,
         info,
+        set_cpu,
         verify,
     )
     from bigsmall.numpy import save_file
@@ -39,12 +42,14 @@ _EXPORTS = {
     "VerifyReport": "api",
     "compress": "api",
     "compress_delta": "api",
+    "cpu": "api",
     "decompress": "api",
     "decompress_delta": "api",
     "info": "api",
     "load": "torch",
     "safe_open": "streaming",
     "save_file": "numpy",
+    "set_cpu": "api",
     "verify": "api",
 }
 
@@ -54,6 +59,7 @@ __all__ = [
     "__version__",
     "compress",
     "compress_delta",
+    "cpu",
     "decompress",
     "decompress_delta",
     "errors",
@@ -61,6 +67,7 @@ __all__ = [
     "load",
     "safe_open",
     "save_file",
+    "set_cpu",
     "verify",
 ]
 

@@ -48,6 +48,10 @@ class Library(NamedTuple):
 
 _lock = threading.Lock()
 _library: Library | None = None
+# The same before it is known which instructions it shall use, which fails where BIGSMALL_CPU is wrong.
+_loaded: Library | None = None
+# What set_cpu() chose, also for the library of a child of fork(); None: what BIGSMALL_CPU says.
+_cpu: str | None = None
 # True from just before the first load on, and inherited by children of fork: there only a private copy may be loaded.
 _tainted = False
 # How many forks lie between the process that imported this module and this one. Handles of another number are dead.
@@ -55,8 +59,8 @@ _generation = 0
 
 
 def _after_fork_in_child() -> None:
-    global _library, _lock, _generation
-    _library = None
+    global _library, _loaded, _lock, _generation
+    _library = _loaded = None
     _lock = threading.Lock()  # another thread may have held the old one
     _generation += 1
 
@@ -77,21 +81,27 @@ def library_path() -> str:
 def library() -> Library:
     """The library, loaded now if it was not yet. Do not keep the result: after a fork another one takes its place.
 
-    Raises ImportError where the library is missing or does not fit this package.
+    Raises ImportError where the library is missing or does not fit this package, InvalidArgument where BIGSMALL_CPU
+    is wrong.
     """
-    global _library, _tainted
-    loaded = _library
-    if loaded is None:
+    global _library, _loaded, _tainted
+    ready = _library
+    if ready is None:
         with _lock:
-            loaded = _library
-            if loaded is None:
+            if _loaded is None:
                 again, _tainted = _tainted, True  # before the load: a fork may happen in the midst of it
                 try:
-                    loaded = _library = _load(again)
+                    _loaded = _load(again)
                 except BaseException:
                     _tainted = again
                     raise
-    return loaded
+            if _library is None:
+                if _cpu is None:
+                    _use_cpu_of_environment(_loaded)
+                else:
+                    _use_cpu(_loaded, _cpu)
+            ready = _library = _loaded
+    return ready
 
 
 def _load(again: bool) -> Library:
@@ -155,6 +165,38 @@ def _dlopen_from_temporary_file(path: str) -> Any:
     finally:
         with contextlib.suppress(OSError):  # Windows keeps a loaded file
             os.unlink(name)
+
+
+# ---- which instructions it uses --------------------------------------------------------------------------------------
+
+
+def _use_cpu(loaded: Library, name: str) -> None:
+    """InvalidArgument where the library knows no such name, or the machine lacks those instructions."""
+    error = ffi.new("bs_error *")
+    if loaded.lib.bs_set_cpu(_c_string(utf8(name, "the name"), "the name"), error) != 0:
+        raise errors.InvalidArgument(ffi.string(error.text).decode("utf-8", "replace"))
+
+
+def _use_cpu_of_environment(loaded: Library) -> None:
+    """What BIGSMALL_CPU says now: the library itself sees only the environment that the process started with."""
+    name = os.environ.get("BIGSMALL_CPU", "")
+    try:
+        _use_cpu(loaded, name)
+    except errors.InvalidArgument as error:
+        raise errors.InvalidArgument(f"the environment variable BIGSMALL_CPU={name}: {error}") from None
+
+
+def cpu() -> str:
+    """The instructions in use."""
+    name: str = ffi.string(library().lib.bs_cpu()).decode()
+    return name
+
+
+def set_cpu(name: str | None) -> None:
+    """Chooses them, None or "" for the best."""
+    global _cpu
+    _use_cpu(library(), name or "")
+    _cpu = name or ""
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

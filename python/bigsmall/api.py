@@ -1,4 +1,4 @@
-"""Files and directories: compress, restore, look into, check."""
+"""Files and directories: compress, restore, look into, check; and which instructions that uses."""
 
 from __future__ import annotations
 
@@ -319,3 +319,20 @@ def verify(
         entry = json.loads(line)
         bad.append(BadTensor(entry["file"], entry["tensor"], entry["problem"]))
     return VerifyReport(result.n_bad == 0, result.n_tensors, result.n_bad, bad)
+
+
+def cpu() -> str:
+    """The instructions that decoding and encoding use: "generic", "avx2" or "avx512".
+
+    That is the best that this machine has, or what the environment variable BIGSMALL_CPU names when bigsmall does its
+    first work, or what `set_cpu` chose since.
+    """
+    return _native.cpu()
+
+
+def set_cpu(name: str | None = None) -> None:
+    """Chooses the instructions by name, None for the best. Files and tensors are the same with all; only speed differs.
+
+    InvalidArgument where the name is unknown or this machine lacks them; nothing changes then.
+    """
+    _native.set_cpu(name)

@@ -390,14 +390,21 @@ def _benchmark(args: argparse.Namespace) -> int:
     _say(
         args,
         [
-            f"benchmark {args.src} ({args.mode})",
+            f"benchmark {args.src} ({args.mode}, {api.cpu()})",
             f"  source:     {source:,} bytes",
             f"  compressed: {output:,} bytes ({percent:.2f}%)",
             f"  compress:   {speeds['compress_gb_s']:.2f} GB/s  (file to file, with the check)",
             f"  decompress: {speeds['decompress_gb_s']:.2f} GB/s  (file in the page cache to memory)",
             f"  memcpy:     {speeds['memcpy_gb_s']:.2f} GB/s  (the same bytes, one thread)",
         ],
-        {"source": args.src, "mode": args.mode, **result, "ratio_pct": round(percent, 2), **speeds},
+        {
+            "source": args.src,
+            "mode": args.mode,
+            "cpu": api.cpu(),
+            **result,
+            "ratio_pct": round(percent, 2),
+            **speeds,
+        },
     )
     return 0
 

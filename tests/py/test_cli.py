@@ -200,6 +200,7 @@ def test_benchmark_leaves_nothing(source, tmp_path, capsys, monkeypatch) -> None
     ]
     code, out, _ = run(capsys, "benchmark", "model.safetensors", "--json")
     result = json.loads(out)
+    assert result["cpu"] == bigsmall.cpu()
     assert min(result[f"{key}_gb_s"] for key in ("compress", "decompress", "memcpy")) > 0
     assert run(capsys, "benchmark", "none.safetensors")[0] == 1
     assert sorted(os.listdir(tmp_path)) == before
