@@ -164,7 +164,9 @@ def main() -> int:
     f32 = model / "model.safetensors"
     bf16 = scratch / "all-MiniLM-L6-v2-bf16.safetensors"
     cast_to_bf16(f32, bf16)
-    print(f"bigsmall {bigsmall.__version__}, {os.cpu_count()} CPUs; decompress: file to numpy arrays in memory")
+    print(
+        f"bigsmall {bigsmall.__version__}, {os.cpu_count()} CPUs, {bigsmall.cpu()}; decompress: file to numpy arrays in memory"
+    )
     ok = show_file("all-MiniLM-L6-v2, F32 as published", f32, scratch)
     ok = show_file("all-MiniLM-L6-v2, cast to BF16", bf16, scratch) and ok
     ok = show_directory(model, scratch) and ok

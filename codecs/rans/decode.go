@@ -145,41 +145,73 @@ type PairOf struct {
 }
 
 // DecodeClasses fills values from the states and words in src, which must be exactly those of len(values) symbols: value i
-// with tables[classes[i]], or, where classes is nil, all with the first table; pair may be nil. It returns what the
+// with tables[classes[i]], of at most 16, or, where classes is nil, all with the first table; pair may be nil. It returns what the
 // encoder gave its lanes to carry. Where one table serves all, a Batch is faster.
 func DecodeClasses(values []uint16, src []byte, tables []*Decoder, classes []uint8, pair *PairOf) (carry [Lanes]uint16, err error) {
 	var l lanes
 	if err := l.open(src); err != nil {
 		return carry, err
 	}
-	slots := func(d []*Decoder) []*slotTable {
-		t := make([]*slotTable, len(d))
-		for i := range t {
-			t[i] = d[i].entries()
-		}
-		return t
-	}
-	first, second := slots(tables), []*slotTable(nil)
+	var first, second tableSet
+	first.fill(tables)
 	if pair != nil {
-		second = slots(pair.Tables)
+		second.fill(pair.Tables)
 	}
+	var which [Lanes]uint8
 	for i := 0; i < len(values) && !l.short; i += Lanes {
 		n := min(Lanes, len(values)-i)
-		for j := range n {
-			k := uint8(0)
-			if classes != nil {
-				k = classes[i+j]
-			}
-			values[i+j] = tables[k].value[l.one(j, first[k])]
+		if classes != nil {
+			copy(which[:], classes[i:i+n])
 		}
+		l.symbols(values[i:i+n], &first, &which)
 		if pair != nil {
-			for j := range n {
-				k := pair.Class[uint8(values[i+j]>>pair.Shift)]
-				pair.Values[i+j] = pair.Tables[k].value[l.one(j, second[k])]
+			var also [Lanes]uint8
+			for j, v := range values[i : i+n] {
+				also[j] = pair.Class[uint8(v>>pair.Shift)]
 			}
+			l.symbols(pair.Values[i:i+n], &second, &also)
 		}
 	}
 	return l.close()
+}
+
+// tableSet are tables to choose from, symbol by symbol.
+type tableSet [16]struct {
+	slots *slotTable
+	value *[MaxSymbols]uint16
+}
+
+func (s *tableSet) fill(tables []*Decoder) {
+	for i, d := range tables[:min(len(tables), len(s))] {
+		s[i].slots, s[i].value = d.entries(), &d.value
+	}
+}
+
+// symbols decodes at most a turn of symbols, symbol j with table which[j].
+func (l *lanes) symbols(values []uint16, s *tableSet, which *[Lanes]uint8) {
+	if len(values) == Lanes && len(l.words) >= 2*Lanes {
+		p := turnOf(&l.x, s, which, (*[2 * Lanes]byte)(l.words), (*[Lanes]uint16)(values))
+		l.words = l.words[2*p:]
+		return
+	}
+	for j := range values {
+		t := &s[which[j]]
+		values[j] = t.value[l.one(j, t.slots)]
+	}
+}
+
+// turnOf is turn with a table for each symbol.
+//
+//go:noinline
+func turnOf(x *[Lanes]uint32, s *tableSet, which *[Lanes]uint8, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
+	for j := range Lanes {
+		t := &s[which[j]%16]
+		v := x[j]
+		e := t.slots[v%Slots]
+		out[j] = t.value[uint8(e)]
+		x[j], p = step(v, e, win, p)
+	}
+	return p
 }
 
 // step decodes one lane: the next state, and the position by the borrow of a subtraction. Branches would cost most: a

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from report import OPERATIONS, Contender, Result, Sample, Table, machine, number_of_threads, write_csv
 from rivals import Process, install, requirements
+from worker import COPY_BYTES
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 SETS = {
@@ -47,7 +48,6 @@ SETS = {
 LLM = "synthetic-llm-1gb"  # whose two embeddings of [32000, 2048], side by side, are the tensor of "slices"
 SLICED = ("model.embed_tokens.weight", "lm_head.weight")
 SLICES_PER_ROUND = 5
-COPY_BYTES = 256 << 20
 MIN_TMPFS_BYTES = 12 << 30
 ORIGINAL_BYTES = 100_000_000
 
