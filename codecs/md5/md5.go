@@ -37,7 +37,7 @@ type Batch struct {
 // args is all that a kernel sees. Every lane has blocks blocks to read.
 type args struct {
 	state  [4][Lanes]uint32
-	words  [BlockSize / 4][Lanes]uint32 // a block of every lane, where registers are too few for it
+	_      [BlockSize / 4][Lanes]uint32 // room for a block of every lane, where registers are too few for it
 	src    [Lanes]*byte
 	blocks uint64
 }
