@@ -48,6 +48,7 @@ type Tensor struct {
 	Shape []uint64
 	Bytes int64
 	Src   io.ReaderAt
+	Held  []byte // all bytes, where they are in memory; Src is not asked then
 	Base  io.ReaderAt
 	Mode  Mode
 	Run   Run
@@ -165,8 +166,13 @@ func (e *Encoding) Head(groups []Index) (head []byte, checksum uint64) {
 
 // read reads n bytes of the tensor, and of its base.
 func (t *Tensor) read(at int64, n int, withBase bool, s *Scratch) (raw, base []byte, err error) {
-	raw = room(&s.encode.raw, n)
-	if err = readFull(t.Src, raw, at); err == nil && withBase {
+	if t.Held != nil {
+		raw = t.Held[at : at+int64(n)]
+	} else {
+		raw = room(&s.encode.raw, n)
+		err = readFull(t.Src, raw, at)
+	}
+	if err == nil && withBase {
 		base = room(&s.encode.base, n)
 		err = readFull(t.Base, base, at)
 	}

@@ -3,6 +3,7 @@ package core
 import (
 	"context"
 	"encoding/hex"
+	"slices"
 	"sync"
 
 	"bigsmall.dev/bigsmall/codecs"
@@ -23,6 +24,8 @@ type pipeline struct {
 	writing bool // someone writes
 	used    int  // buffers of groups
 	idle    [][]byte
+	holding int64    // bytes of sources in memory
+	held    [][]byte // buffers for more
 	stopped bool
 	failed  int
 	err     error
@@ -88,7 +91,12 @@ func (l *pipeline) encode(i int) error {
 		l.drain()
 		return nil
 	}
-	t := &codecs.Tensor{DType: it.spec.DType, Shape: it.entry.Shape, Bytes: n, Src: it.src, Mode: l.w.opts.Mode, Run: l.pool.run}
+	held, err := l.hold(it)
+	if err != nil {
+		return err
+	}
+	defer l.release(it, held)
+	t := &codecs.Tensor{DType: it.spec.DType, Shape: it.entry.Shape, Bytes: n, Src: it.src, Held: held, Mode: l.w.opts.Mode, Run: l.pool.run}
 	choose := codecs.NewEncoding
 	if it.base != nil {
 		t.Base = it.base
@@ -144,6 +152,46 @@ func (l *pipeline) encode(i int) error {
 	it.coded = true
 	l.drain()
 	return nil
+}
+
+// mostHeld is how much of the sources is held in memory at once.
+const mostHeld = 96 << 20
+
+// hold reads the item's bytes, where there is room for them: an encoder looks at them twice, and reading them from the page
+// cache takes as long as counting them. It returns nil where there is none.
+func (l *pipeline) hold(it *item) ([]byte, error) {
+	if it.data != nil {
+		return it.data, nil
+	}
+	n := it.spec.End - it.spec.Begin
+	l.mu.Lock()
+	if l.holding+n > mostHeld {
+		l.mu.Unlock()
+		return nil, nil
+	}
+	l.holding += n
+	var buf []byte
+	if k := len(l.held); k > 0 {
+		buf, l.held = l.held[k-1], l.held[:k-1]
+	}
+	l.mu.Unlock()
+	buf = slices.Grow(buf[:0], int(n))[:n]
+	const piece = 1 << 20
+	return buf, l.pool.run(int((n+piece-1)/piece), func(i int, _ *codecs.Scratch) error {
+		at := int64(i) * piece
+		return readAll(it.src, buf[at:min(at+piece, n)], at)
+	})
+}
+
+// release gives back what hold gave.
+func (l *pipeline) release(it *item, held []byte) {
+	if held == nil || it.data != nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.holding -= int64(len(held))
+	l.held = append(l.held, held)
 }
 
 // lend gives a buffer for group g of item i, once there is one: half of them are for the item that is written, and its

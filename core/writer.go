@@ -274,6 +274,7 @@ type item struct {
 	n     int
 	spec  sourceTensor
 	src   io.ReaderAt
+	data  []byte // all of src, where it is in memory
 	base  *baseTensor
 	entry headerTensor
 
@@ -595,7 +596,7 @@ func (w *Writer) Put(i int, data []byte, job *Job) error {
 	}
 	p := newPool(job)
 	p.total(int64(len(data)))
-	if err := w.w.put([]*item{{n: i, spec: spec, src: bytes.NewReader(data)}}, p); err != nil {
+	if err := w.w.put([]*item{{n: i, spec: spec, src: memory(data), data: data}}, p); err != nil {
 		w.Close() // part of a tensor may be in the file
 		return inFile(err, w.w.tmp.target)
 	}

@@ -165,7 +165,8 @@ def main() -> int:
     bf16 = scratch / "all-MiniLM-L6-v2-bf16.safetensors"
     cast_to_bf16(f32, bf16)
     print(
-        f"bigsmall {bigsmall.__version__}, {os.cpu_count()} CPUs, {bigsmall.cpu()}; decompress: file to numpy arrays in memory"
+        f"bigsmall {bigsmall.__version__}, {os.cpu_count()} CPUs, {bigsmall.cpu()} kernels; "
+        "decompress: file to numpy arrays in memory"
     )
     ok = show_file("all-MiniLM-L6-v2, F32 as published", f32, scratch)
     ok = show_file("all-MiniLM-L6-v2, cast to BF16", bf16, scratch) and ok
