@@ -6,9 +6,14 @@
 // before anything is allocated (container.go), a payload's head is parsed, its blocks are read, verified and decoded in
 // parallel straight into the caller's memory (reader.go) or a file (decompress.go).
 //
-//	capi (C functions) -> core (files) -> codecs (tensors) -> codecs/rans, codecs/planes
+//	capi (C functions) -> core (files) -> codecs (tensors) -> codecs/rans, codecs/planes -> codecs/cpu
+//	                                   -> codecs/md5 ----------------------------------->
 //
-// Imports go this one way only. FORMAT.md specifies the container, codecs/SPEC.md the payloads.
+// Imports go this one way only. Where an algorithm is worth assembly, plain Go states it, is the fallback and does the
+// tails; files *_amd64.s hold the same by AVX2 and AVX-512, written by the generators in codecs/_asm, and codecs/cpu says
+// which of them run. Other processors run plain Go; theirs would stand beside, in *_arm64.s.
+//
+// FORMAT.md specifies the container, codecs/SPEC.md the payloads.
 //
 //	version.go      the version number, the format's draft
 //	errors.go       statuses; every error names file, tensor and numbers
@@ -16,6 +21,8 @@
 //	safetensors.go  the source's header, kept to the byte
 //	container.go    the bytes of a .bs file
 //	writer.go       writing in one pass; Writer for tensors in memory
+//	pipeline.go     many tensors coded at once, written in order
+//	digests.go      many tensors digested at once: MD5 is cheap only side by side
 //	reader.go       Reader: decoding tensors, ranges, many at once
 //	base.go         the base model of a delta
 //	compress.go     files and directories in, decompress.go out again
