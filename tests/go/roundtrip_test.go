@@ -173,7 +173,8 @@ func TestDeterministic(t *testing.T) {
 			tensor{fmt.Sprint("f", i), "F32", []uint64{uint64(n / 4), 4}, f32(r, n/4*4, .02)})
 	}
 	dir := t.TempDir()
-	in := write(t, filepath.Join(dir, "in.safetensors"), safetensors(all, nil))
+	source := safetensors(all, nil)
+	in := write(t, filepath.Join(dir, "in.safetensors"), source)
 	for _, mode := range modes {
 		var first []byte
 		for _, workers := range []int{1, 2, 7, 64} {
@@ -185,7 +186,16 @@ func TestDeterministic(t *testing.T) {
 			if first == nil {
 				first = b
 			}
-			require.Equal(t, first, b)
+			require.True(t, bytes.Equal(first, b))
+			rep, err := core.Verify(out, in, "", &core.Job{Workers: workers})
+			require.NoError(t, err)
+			require.Empty(t, rep.Bad)
+			back := filepath.Join(dir, "back.safetensors")
+			_, err = core.Decompress(out, back, "", core.Options{}, &core.Job{Workers: workers})
+			require.NoError(t, err)
+			restored, err := os.ReadFile(back)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(source, restored))
 		}
 	}
 }
