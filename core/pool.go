@@ -35,11 +35,12 @@ func Workers() int {
 func SetWorkers(n int) { workers.Store(int32(n)) }
 
 // pool is the one place that knows how many threads a call has. Runs nest: whoever calls run works itself and takes
-// helpers only while tokens are left, so nothing waits for a token.
+// helpers only while there are fewer than that. Nobody ever waits to be one of them: who waited for others simply goes
+// on, and for a moment there may be one too many.
 type pool struct {
 	job     Job
 	threads int
-	tokens  chan struct{}
+	free    atomic.Int32 // threads that could still be started
 	mu      sync.Mutex
 	scratch []*codecs.Scratch
 }
@@ -57,10 +58,7 @@ func newPool(job *Job) *pool {
 		n = Workers()
 	}
 	p.threads = min(n, maxWidth)
-	p.tokens = make(chan struct{}, p.threads) // the caller's too, while he waits
-	for range p.threads - 1 {
-		p.tokens <- struct{}{}
-	}
+	p.free.Store(int32(p.threads - 1))
 	return p
 }
 
@@ -69,11 +67,31 @@ func (p *pool) width() int { return p.threads }
 
 // wait waits for c, whose lock is held, and lets another thread run meanwhile.
 func (p *pool) wait(c *sync.Cond) {
-	p.tokens <- struct{}{}
-	c.Wait()
-	c.L.Unlock()
-	<-p.tokens
+	p.idle(func() {
+		c.Wait()
+		c.L.Unlock()
+	})
 	c.L.Lock()
+}
+
+// idle runs f, which waits for other threads.
+func (p *pool) idle(f func()) {
+	p.free.Add(1)
+	f()
+	p.free.Add(-1)
+}
+
+// start reports whether one more thread may be started, and counts it.
+func (p *pool) start() bool {
+	for {
+		n := p.free.Load()
+		if n <= 0 {
+			return false
+		}
+		if p.free.CompareAndSwap(n, n-1) {
+			return true
+		}
+	}
 }
 
 func (p *pool) cancelled() bool { return p.job.Cancel != nil && atomic.LoadInt32(p.job.Cancel) != 0 }
@@ -114,7 +132,9 @@ func (p *pool) run(n int, f func(i int, s *codecs.Scratch) error) error {
 	r := &runState{n: n, f: f, failed: n}
 	if n > 0 {
 		r.work(p)
-		r.helpers.Wait()
+		if r.helped.Load() {
+			p.idle(r.helpers.Wait)
+		}
 	}
 	return r.err
 }
@@ -124,6 +144,7 @@ type runState struct {
 	f       func(int, *codecs.Scratch) error
 	next    atomic.Int64
 	helpers sync.WaitGroup
+	helped  atomic.Bool
 	mu      sync.Mutex
 	failed  int
 	err     error
@@ -147,16 +168,13 @@ func (r *runState) work(p *pool) {
 		if i >= r.n {
 			return
 		}
-		if i+1 < r.n {
-			select { // one more helper, while there are tokens
-			case <-p.tokens:
-				r.helpers.Add(1)
-				go func() {
-					defer func() { p.tokens <- struct{}{}; r.helpers.Done() }()
-					r.work(p)
-				}()
-			default:
-			}
+		if i+1 < r.n && p.start() { // one more helper
+			r.helpers.Add(1)
+			r.helped.Store(true)
+			go func() {
+				defer func() { p.free.Add(1); r.helpers.Done() }()
+				r.work(p)
+			}()
 		}
 		r.call(p, i, s)
 	}
