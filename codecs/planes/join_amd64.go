@@ -13,3 +13,13 @@ func join32AVX2(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)
 //
 //go:noescape
 func join32AVX512(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)
+
+// join32AVX2Past is Join32 of whole turns, stored past the caches: dst on 64 bytes.
+//
+//go:noescape
+func join32AVX2Past(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)
+
+// join32AVX512Past is Join32 of whole turns, stored past the caches: dst on 64 bytes.
+//
+//go:noescape
+func join32AVX512Past(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)

@@ -138,3 +138,72 @@ DATA second<>+58(SB)/2, $0x003e
 DATA second<>+60(SB)/2, $0x001f
 DATA second<>+62(SB)/2, $0x003f
 GLOBL second<>(SB), RODATA|NOPTR, $64
+
+// func join32AVX2Past(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)
+// Requires: AVX, AVX2, MMX+
+TEXT ·join32AVX2Past(SB), NOSPLIT, $0-40
+	MOVQ dst+0(FP), AX
+	MOVQ upper+8(FP), CX
+	MOVQ mid+16(FP), DX
+	MOVQ low+24(FP), BX
+	MOVQ turns+32(FP), SI
+
+turn:
+	// w := mid[i]<<8 | low[i]
+	VPMOVZXBW (DX), Y0
+	VPMOVZXBW (BX), Y1
+	VPSLLW    $0x08, Y0, Y0
+	VPOR      Y0, Y1, Y1
+
+	// dst[i] = upper[i]<<16 | w // the unpacking works in each half by itself
+	VMOVDQU    (CX), Y0
+	VPUNPCKLWD Y0, Y1, Y2
+	VPUNPCKHWD Y0, Y1, Y1
+	VPERM2I128 $0x20, Y1, Y2, Y0
+	VPERM2I128 $0x31, Y1, Y2, Y1
+	VMOVNTDQ   Y0, (AX)
+	VMOVNTDQ   Y1, 32(AX)
+	SUBQ       $-64, AX
+	ADDQ       $0x20, CX
+	ADDQ       $0x10, DX
+	ADDQ       $0x10, BX
+	DECQ       SI
+	JNZ        turn
+	SFENCE
+	VZEROUPPER
+	RET
+
+// func join32AVX512Past(dst *byte, upper *byte, mid *byte, low *byte, turns uint64)
+// Requires: AVX, AVX512BW, AVX512F, MMX+
+TEXT ·join32AVX512Past(SB), NOSPLIT, $0-40
+	MOVQ      dst+0(FP), AX
+	MOVQ      upper+8(FP), CX
+	MOVQ      mid+16(FP), DX
+	MOVQ      low+24(FP), BX
+	MOVQ      turns+32(FP), SI
+	VMOVDQU16 first<>+0(SB), Z0
+	VMOVDQU16 second<>+0(SB), Z1
+
+turn:
+	// w := mid[i]<<8 | low[i]
+	VPMOVZXBW (DX), Z2
+	VPMOVZXBW (BX), Z3
+	VPSLLW    $0x08, Z2, Z2
+	VPORQ     Z2, Z3, Z3
+
+	// dst[i] = upper[i]<<16 | w
+	VMOVDQU16 (CX), Z2
+	VMOVDQA64 Z3, Z4
+	VPERMT2W  Z2, Z0, Z3
+	VPERMT2W  Z2, Z1, Z4
+	VMOVNTDQ  Z3, (AX)
+	VMOVNTDQ  Z4, 64(AX)
+	SUBQ      $-128, AX
+	ADDQ      $0x40, CX
+	ADDQ      $0x20, DX
+	ADDQ      $0x20, BX
+	DECQ      SI
+	JNZ       turn
+	SFENCE
+	VZEROUPPER
+	RET

@@ -2,4 +2,4 @@
 
 package planes
 
-func join32([]byte, []byte, []byte, []byte) int { return 0 }
+func join32([]byte, []byte, []byte, []byte, bool) int { return 0 }

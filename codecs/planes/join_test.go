@@ -26,9 +26,9 @@ func TestJoin32(t *testing.T) {
 		require.NoError(t, cpu.Use(tier.String()))
 		for n := range 200 {
 			upper, mid, low := random(r, 2*n+r.IntN(3)), random(r, n), random(r, n+r.IntN(3))
-			at := r.IntN(65)
+			at, past := r.IntN(65), n%2 == 0
 			out := bytes.Repeat([]byte{0xa5}, at+4*n+100)
-			Join32(out[at:at+4*n], upper, mid, low)
+			Join32(out[at:at+4*n], upper, mid, low, past)
 			for i := range n {
 				want := uint32(binary.LittleEndian.Uint16(upper[2*i:]))<<16 | uint32(mid[i])<<8 | uint32(low[i])
 				require.Equal(t, want, binary.LittleEndian.Uint32(out[at+4*i:]))
@@ -48,7 +48,7 @@ func BenchmarkJoin32(b *testing.B) {
 		b.Run(tier.String()+"/16KiB", func(b *testing.B) {
 			b.SetBytes(4 * n)
 			for b.Loop() {
-				Join32(dst, upper, mid, low)
+				Join32(dst, upper, mid, low, false)
 			}
 		})
 	}

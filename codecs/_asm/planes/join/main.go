@@ -10,19 +10,41 @@ import (
 
 func main() {
 	ConstraintExpr("amd64,!purego")
-	join32AVX2()
-	join32AVX512()
+	for _, past := range []bool{false, true} {
+		join32AVX2(past)
+		join32AVX512(past)
+	}
 	Generate()
 }
 
-type pointers struct{ dst, upper, mid, low, turns reg.Register }
+type pointers struct {
+	dst, upper, mid, low, turns reg.Register
+	past                        bool
+}
 
-func begin(name string) pointers {
+func begin(name string, past bool) pointers {
+	doc := " is Join32 of whole turns."
+	if past {
+		name, doc = name+"Past", " is Join32 of whole turns, stored past the caches: dst on 64 bytes."
+	}
 	TEXT(name, NOSPLIT, "func(dst, upper, mid, low *byte, turns uint64)")
 	Pragma("noescape")
-	Doc(name + " is Join32 of whole turns.")
+	Doc(name + doc)
 	load := func(p string) reg.Register { return Load(Param(p), GP64()) }
-	return pointers{load("dst"), load("upper"), load("mid"), load("low"), load("turns")}
+	return pointers{load("dst"), load("upper"), load("mid"), load("low"), load("turns"), past}
+}
+
+// store writes a vector of the result.
+func (p pointers) store(v reg.Register, at int) {
+	to := Mem{Base: p.dst, Disp: at}
+	switch {
+	case p.past:
+		VMOVNTDQ(v, to)
+	case v.Size() == 64:
+		VMOVDQU16(v, to)
+	default:
+		VMOVDQU(v, to)
+	}
 }
 
 // end moves on by n words and closes the loop.
@@ -33,15 +55,18 @@ func (p pointers) end(n int) {
 	ADDQ(U8(n), p.low)
 	DECQ(p.turns)
 	JNZ(LabelRef("turn"))
+	if p.past {
+		SFENCE()
+	}
 	VZEROUPPER()
 	RET()
 }
 
-func join32AVX512() {
-	p := begin("join32AVX512")
+func join32AVX512(past bool) {
+	p := begin("join32AVX512", past)
 	first, second := ZMM(), ZMM()
-	VMOVDQU16(interleave("first", 0), first)
-	VMOVDQU16(interleave("second", 16), second)
+	VMOVDQU16(p.interleave("first", 0), first)
+	VMOVDQU16(p.interleave("second", 16), second)
 
 	Label("turn")
 	Comment("w := mid[i]<<8 | low[i]")
@@ -55,13 +80,16 @@ func join32AVX512() {
 	VMOVDQA64(w, x)
 	VPERMT2W(u, first, w)
 	VPERMT2W(u, second, x)
-	VMOVDQU16(w, Mem{Base: p.dst})
-	VMOVDQU16(x, Mem{Base: p.dst, Disp: 64})
+	p.store(w, 0)
+	p.store(x, 64)
 	p.end(32)
 }
 
 // interleave is the permutation that takes words from at on of two vectors in turn.
-func interleave(name string, at int) Mem {
+func (p pointers) interleave(name string, at int) Mem {
+	if p.past {
+		return NewDataAddr(Symbol{Name: name, Static: true}, 0)
+	}
 	m := GLOBL(name, attr.RODATA|attr.NOPTR)
 	for i := range 16 {
 		DATA(4*i, U16(at+i))
@@ -70,8 +98,8 @@ func interleave(name string, at int) Mem {
 	return m
 }
 
-func join32AVX2() {
-	p := begin("join32AVX2")
+func join32AVX2(past bool) {
+	p := begin("join32AVX2", past)
 
 	Label("turn")
 	Comment("w := mid[i]<<8 | low[i]")
@@ -86,7 +114,7 @@ func join32AVX2() {
 	VPUNPCKHWD(u, w, y)
 	VPERM2I128(U8(0x20), y, x, u)
 	VPERM2I128(U8(0x31), y, x, w)
-	VMOVDQU(u, Mem{Base: p.dst})
-	VMOVDQU(w, Mem{Base: p.dst, Disp: 32})
+	p.store(u, 0)
+	p.store(w, 32)
 	p.end(16)
 }
