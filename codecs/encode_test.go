@@ -454,9 +454,12 @@ func FuzzPayload(f *testing.F) {
 	})
 }
 
+// Names are operation/dtype/mode/tier/size; memcpy has caches that hold all of it, as they have.
 func BenchmarkTensor(b *testing.B) {
+	defer func() { require.NoError(b, cpu.Use("")) }()
 	r := rand.New(rand.NewPCG(9, 9))
 	const n = 1 << 20
+	modes := map[Mode]string{Inference: "inference", Balanced: "balanced", Storage: "storage"}
 	for _, d := range []DType{BF16, F16, F32, F8E4M3} {
 		raw := weights(r, d, n, .02)
 		for _, mode := range []Mode{Inference, Balanced, Storage} {
@@ -466,34 +469,37 @@ func BenchmarkTensor(b *testing.B) {
 			require.NoError(b, err)
 			p, err := ParseHead(payload[:e.HeadLen()], sum, d, int64(len(raw)), int64(len(payload)))
 			require.NoError(b, err)
-			name := fmt.Sprintf("%s/%d/2MiB", d, mode)
-			b.Run("decode/"+name, func(b *testing.B) {
-				dst, s := make([]byte, len(raw)), NewScratch()
-				b.SetBytes(int64(len(raw)))
-				b.ReportMetric(float64(len(payload))/float64(len(raw))*100, "%")
-				for b.Loop() {
-					for i := 0; i < p.Blocks(); i += GroupBlocks {
-						off, _ := p.BlockSpan(i)
-						end, length := p.BlockSpan(i + GroupBlocks - 1)
-						lo := int64(i) * p.BlockBytes()
-						if err := p.DecodeBlocks(i, dst[lo:lo+GroupBlocks*p.BlockBytes()], payload[off:end+length], nil, s); err != nil {
+			for tier := cpu.Generic; tier <= cpu.Best(); tier++ {
+				require.NoError(b, cpu.Use(tier.String()))
+				name := fmt.Sprintf("%s/%s/%s/%dMiB", d, modes[mode], tier, len(raw)>>20)
+				b.Run("decode/"+name, func(b *testing.B) {
+					dst, s := make([]byte, len(raw)), NewScratch()
+					b.SetBytes(int64(len(raw)))
+					b.ReportMetric(float64(len(payload))/float64(len(raw))*100, "%")
+					for b.Loop() {
+						for i := 0; i < p.Blocks(); i += GroupBlocks {
+							off, _ := p.BlockSpan(i)
+							end, length := p.BlockSpan(i + GroupBlocks - 1)
+							lo := int64(i) * p.BlockBytes()
+							if err := p.DecodeBlocks(i, dst[lo:lo+GroupBlocks*p.BlockBytes()], payload[off:end+length], nil, s); err != nil {
+								b.Fatal(err)
+							}
+						}
+					}
+				})
+				b.Run("encode/"+name, func(b *testing.B) {
+					b.SetBytes(int64(len(raw)))
+					for b.Loop() {
+						e, err := NewEncoding(tensorOf(d, raw, mode, n))
+						if err != nil {
+							b.Fatal(err)
+						}
+						if _, _, err := encodeAll(e); err != nil {
 							b.Fatal(err)
 						}
 					}
-				}
-			})
-			b.Run("encode/"+name, func(b *testing.B) {
-				b.SetBytes(int64(len(raw)))
-				for b.Loop() {
-					e, err := NewEncoding(tensorOf(d, raw, mode, n))
-					if err != nil {
-						b.Fatal(err)
-					}
-					if _, _, err := encodeAll(e); err != nil {
-						b.Fatal(err)
-					}
-				}
-			})
+				})
+			}
 		}
 	}
 	b.Run("memcpy/2MiB", func(b *testing.B) {
