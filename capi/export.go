@@ -83,14 +83,28 @@ func go_reader_open(name, base *C.char, out **C.bs_reader, e *C.bs_error) C.int3
 }
 
 //export go_reader_open_memory
-func go_reader_open_memory(src unsafe.Pointer, n C.size_t, out **C.bs_reader, e *C.bs_error) C.int32_t {
+func go_reader_open_memory(files *C.bs_memory_file, n C.size_t, base *C.char, out **C.bs_reader, e *C.bs_error) C.int32_t {
 	return call(nil, e, func() error {
 		return open((*unsafe.Pointer)(unsafe.Pointer(out)), func() (*handle, error) {
-			b, err := memory(src, n)
-			if err != nil {
-				return nil, err
+			if n == 0 || files == nil || n > maxItems {
+				return nil, invalid("%d files at %p", n, files)
 			}
-			r, err := core.OpenBytes(b)
+			list := make([]core.MemoryFile, n)
+			for k := range list {
+				f := element(files, files.size, k)
+				if f.size != files.size {
+					return nil, invalid("file %d has the size %d, the first one %d", k, f.size, files.size)
+				}
+				if err := sized(unsafe.Pointer(f), f.size, unsafe.Sizeof(*f), "bs_memory_file"); err != nil {
+					return nil, err
+				}
+				b, err := memory(f.src, f.src_len)
+				if err != nil {
+					return nil, err
+				}
+				list[k] = core.MemoryFile{Name: optional(f.name), Src: b}
+			}
+			r, err := core.OpenMemory(list, optional(base))
 			return &handle{reader: r}, err
 		})
 	})
@@ -168,6 +182,18 @@ func go_reader_describe(r *C.bs_reader, i C.uint64_t, out *C.bs_tensor, e *C.bs_
 		}
 		out.n_elements = n
 		return nil
+	})
+}
+
+//export go_reader_locate
+func go_reader_locate(r *C.bs_reader, i C.uint64_t, file, offset, n *C.uint64_t, e *C.bs_error) C.int32_t {
+	return reading(r, e, func(r *core.Reader) error {
+		if file == nil || offset == nil || n == nil {
+			return invalid("file, offset or n_bytes is NULL")
+		}
+		f, off, size, err := r.Locate(index(i))
+		*file, *offset, *n = C.uint64_t(f), C.uint64_t(off), C.uint64_t(size)
+		return err
 	})
 }
 
@@ -282,8 +308,8 @@ func go_writer_open(name *C.char, specs *C.bs_tensor_spec, n C.size_t, metadata 
 				return nil, invalid("%d specs at %p", n, specs)
 			}
 			list := make([]core.Spec, n)
-			for k := range list { // a caller's struct may be longer than ours: its size is the stride
-				s := (*C.bs_tensor_spec)(unsafe.Add(unsafe.Pointer(specs), uintptr(k)*uintptr(specs.size)))
+			for k := range list {
+				s := element(specs, specs.size, k)
 				if s.size != specs.size {
 					return nil, invalid("spec %d has the size %d, the first one %d", k, s.size, specs.size)
 				}

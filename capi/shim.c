@@ -56,9 +56,10 @@ bs_status bs_reader_open(const char *path, const char *base, bs_reader **reader,
     return (bs_status)go_reader_open((void *)path, (void *)base, reader, error);
 }
 
-bs_status bs_reader_open_memory(const void *src, size_t src_len, bs_reader **reader, bs_error *error) {
+bs_status bs_reader_open_memory(const bs_memory_file *files, size_t n_files, const char *base, bs_reader **reader,
+                                bs_error *error) {
     if (forked) return refuse(error);
-    return (bs_status)go_reader_open_memory((void *)src, src_len, reader, error);
+    return (bs_status)go_reader_open_memory((void *)files, n_files, (void *)base, reader, error);
 }
 
 void bs_reader_close(bs_reader *reader) {
@@ -78,6 +79,12 @@ bs_status bs_reader_find(bs_reader *reader, const char *name, uint64_t *index, b
 bs_status bs_reader_describe(bs_reader *reader, uint64_t index, bs_tensor *tensor, bs_error *error) {
     if (forked) return refuse(error);
     return (bs_status)go_reader_describe(reader, index, tensor, error);
+}
+
+bs_status bs_reader_locate(bs_reader *reader, uint64_t index, uint64_t *file, uint64_t *offset, uint64_t *n_bytes,
+                           bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_locate(reader, index, file, offset, n_bytes, error);
 }
 
 bs_status bs_reader_name(bs_reader *reader, uint64_t index, char *dst, size_t dst_cap, size_t *len, bs_error *error) {

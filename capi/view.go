@@ -86,6 +86,11 @@ func sized(p unsafe.Pointer, have C.size_t, want uintptr, what string) error {
 	return nil
 }
 
+// element is struct k of a caller's array. A caller's struct may be longer than ours: the first one's size is the stride.
+func element[T any](first *T, size C.size_t, k int) *T {
+	return (*T)(unsafe.Add(unsafe.Pointer(first), uintptr(k)*uintptr(size)))
+}
+
 func jobOf(j *C.bs_job) (*core.Job, error) {
 	if j == nil {
 		return nil, nil

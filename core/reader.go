@@ -87,17 +87,38 @@ func Open(path, basePath string) (*Reader, error) {
 	return r, nil
 }
 
-// OpenBytes opens a whole `.bs` file in memory, which must stay unchanged while the reader is used.
-func OpenBytes(b []byte) (*Reader, error) {
-	c, err := openContainer("", memory(b), int64(len(b)))
+// MemoryFile is a whole `.bs` file in memory. Name is its file name within its model, "" for a lone file.
+type MemoryFile struct {
+	Name string
+	Src  []byte
+}
+
+// OpenMemory opens files in memory as one model. Opening reads all of a file but its payloads; decoding a tensor reads the
+// payload that Locate tells, which must be there and unchanged meanwhile. basePath is as in Open.
+func OpenMemory(files []MemoryFile, basePath string) (*Reader, error) {
+	r := &Reader{}
+	var err error
+	for _, f := range files {
+		var c *container
+		if c, err = openContainer(f.Name, memory(f.Src), int64(len(f.Src))); err != nil {
+			return nil, err
+		}
+		r.files = append(r.files, c)
+	}
+	if len(files) == 0 {
+		return nil, failf(InvalidArgument, "no file to open")
+	}
+	if err = r.index(""); err == nil && basePath != "" {
+		r.base, err = openBase(basePath)
+	}
+	if err == nil {
+		err = r.checkBase()
+	}
 	if err != nil {
+		r.Close()
 		return nil, err
 	}
-	r := &Reader{files: []*container{c}}
-	if err := r.index(""); err != nil {
-		return nil, err
-	}
-	return r, r.checkBase()
+	return r, nil
 }
 
 func (r *Reader) add(name string) error {
@@ -208,6 +229,23 @@ func (r *Reader) Tensor(i int) (Tensor, error) {
 	}
 	e := r.tensors[i].entry
 	return Tensor{e.name, e.dtype, e.shape, e.bytes, e.compressed}, nil
+}
+
+// Locate tells where the compressed bytes of tensor i stand: in which file, in the order of Info's, and where in it. Of a
+// tensor stored under another name they are the other's; a tensor without elements has none.
+func (r *Reader) Locate(i int) (file int, offset, n int64, err error) {
+	if _, err := r.Tensor(i); err != nil {
+		return 0, 0, 0, err
+	}
+	m, err := r.master(r.tensors[i])
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	if file = slices.Index(r.files, m.file); file < 0 {
+		return 0, 0, 0, &Error{Status: NotFound, File: r.path, Tensor: r.tensors[i].entry.name,
+			Msg: fmt.Sprintf("its bytes are in the shard %s: open the directory instead", m.file.name)}
+	}
+	return file, m.entry.offset, m.entry.compressed, nil
 }
 
 // Metadata is the source's `__metadata__` as a JSON object, or "null". Shards have their keys joined.

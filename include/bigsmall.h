@@ -9,7 +9,7 @@
  *     status, the operating system's error number where there is one, and a text that names the file, the tensor and
  *     the numbers. On success `error` is left alone.
  *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns, with one exception:
- *     the memory given to bs_reader_open_memory stays in use until bs_reader_close. The library owns only what a
+ *     the files given to bs_reader_open_memory stay in use until bs_reader_close. The library owns only what a
  *     bs_*_open returned, until its bs_*_close. Closing NULL is allowed and does nothing.
  *   - `dst_cap` is room in bytes, `src_len` content in bytes. Nothing is read or written outside those lengths. A buffer
  *     of length 0 may be NULL.
@@ -42,7 +42,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a function or struct changes in a way that an existing caller would notice. */
-#define BS_ABI_VERSION 1
+#define BS_ABI_VERSION 2
 
 /* Most dimensions a tensor may have; the limit of numpy and torch. */
 #define BS_MAX_DIMS 64
@@ -191,8 +191,19 @@ typedef struct bs_tensor {
  * (BS_WRONG_BASE). */
 BS_API bs_status bs_reader_open(const char *path, const char *base, bs_reader **reader, bs_error *error);
 
-/* The same for a whole `.bs` file in memory, which must stay unchanged until the reader is closed. */
-BS_API bs_status bs_reader_open_memory(const void *src, size_t src_len, bs_reader **reader, bs_error *error);
+/* A whole `.bs` file in memory. */
+typedef struct bs_memory_file {
+    size_t size;
+    const char *name; /* its file name within its model, such as "model-00001-of-00002.bs"; NULL for a lone file */
+    const void *src;
+    size_t src_len;
+} bs_memory_file;
+
+/* The same for files in memory, opened as one model: a lone file, or its shards. The memory must stay until the reader is
+ * closed. Opening reads all but the payloads. Of the payloads a call reads only those of the tensors that it decodes: what
+ * bs_reader_locate tells must be there, and unchanged, until that call returns; elsewhere the memory may hold anything. */
+BS_API bs_status bs_reader_open_memory(const bs_memory_file *files, size_t n_files, const char *base, bs_reader **reader,
+                                       bs_error *error);
 
 BS_API void bs_reader_close(bs_reader *reader);
 
@@ -203,6 +214,11 @@ BS_API bs_status bs_reader_count(bs_reader *reader, uint64_t *count, bs_error *e
 BS_API bs_status bs_reader_find(bs_reader *reader, const char *name, uint64_t *index, bs_error *error);
 
 BS_API bs_status bs_reader_describe(bs_reader *reader, uint64_t index, bs_tensor *tensor, bs_error *error);
+
+/* Where a tensor's compressed bytes stand: in which file, in the order of bs_reader_info's `files`, at which offset, and
+ * how many. Of a tensor stored under another name they are the other's; of one without elements there are none. */
+BS_API bs_status bs_reader_locate(bs_reader *reader, uint64_t index, uint64_t *file, uint64_t *offset, uint64_t *n_bytes,
+                                  bs_error *error);
 
 /* Name of a tensor. */
 BS_API bs_status bs_reader_name(bs_reader *reader, uint64_t index, char *dst, size_t dst_cap, size_t *len, bs_error *error);

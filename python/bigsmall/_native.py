@@ -29,7 +29,7 @@ except ImportError as missing:
         f"bigsmall is not installed, only its source was found ({Path(__file__).parent}): pip install ./python"
     ) from missing
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 _MOST_WORKERS = 2**31 - 1  # what bs_job has room for
 
@@ -350,8 +350,15 @@ def call_long(
     error = ffi.new("bs_error *")
     large = n_bytes is None or n_bytes > _LONG_CALL_BYTES
     if large and threading.current_thread() is threading.main_thread():
-        with _bar(progress, job) as refresh:
-            status = _on_helper_thread(lambda: call(job.struct, error), job, refresh)
+        with bar(progress) as shown:
+
+            def refresh() -> None:
+                total = job.total[0]
+                if total and shown.total != total:
+                    shown.total = total
+                shown.update(job.done[0] - shown.n)
+
+            status = _on_helper_thread(lambda: call(job.struct, error), job, None if shown is None else refresh)
     else:
         status = call(job.struct, error)
     check(status, error, paths)
@@ -396,18 +403,14 @@ def _wait_out(started: threading.Event, finished: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _bar(label: str | None, job: _Job) -> Iterator[Callable[[], None] | None]:
+def bar(label: str | None, total: int | None = None) -> Iterator[Any]:
+    """A progress bar (tqdm) that counts bytes on standard error; None without a label, or where that is no terminal."""
     if label is None or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
-
-        def refresh() -> None:
-            total = job.total[0]
-            if total and bar.total != total:
-                bar.total = total
-            bar.update(job.done[0] - bar.n)
-
-        yield refresh
+    with tqdm(
+        desc=label, total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr
+    ) as shown:
+        yield shown

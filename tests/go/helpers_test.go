@@ -115,3 +115,8 @@ func roundTrip(t *testing.T, src []byte) []byte {
 	require.Empty(t, left, "temporary files are left")
 	return out
 }
+
+// openMemory opens a lone file.
+func openMemory(b []byte) (*core.Reader, error) {
+	return core.OpenMemory([]core.MemoryFile{{Src: b}}, "")
+}

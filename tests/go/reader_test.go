@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -160,4 +161,63 @@ func TestCancel(t *testing.T) {
 	done, total := int64(0), int64(0)
 	require.NoError(t, rd.Decode(0, make([]byte, 2<<20), &core.Job{Done: &done, Total: &total}))
 	require.Equal(t, []int64{2 << 20, 2 << 20}, []int64{done, total})
+}
+
+// Files in memory decode with nothing there but what Locate tells, shards tied to each other too.
+func TestMemoryFilesNeedOnlyWhatLocateTells(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	dir := t.TempDir()
+	w := bf16(r, 100_000, .02)
+	first := []tensor{{"a", "BF16", []uint64{1000, 100}, w}, {"b", "F32", []uint64{3}, random(r, 12)}, {"none", "F32", []uint64{0}, nil}}
+	second := []tensor{{"c", "BF16", []uint64{70_000}, bf16(r, 70_000, .02)}, {"tied", "BF16", []uint64{100, 1000}, w}}
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "in"), 0o777))
+	write(t, filepath.Join(dir, "in", "model-1.safetensors"), safetensors(first, nil))
+	write(t, filepath.Join(dir, "in", "model-2.safetensors"), safetensors(second, nil))
+	write(t, filepath.Join(dir, "in", "model.safetensors.index.json"), []byte(`{"metadata":{},"weight_map":{"a":"model-1.safetensors",
+		"b":"model-1.safetensors","none":"model-1.safetensors","c":"model-2.safetensors","tied":"model-2.safetensors"}}`))
+	_, err := core.Compress(filepath.Join(dir, "in"), filepath.Join(dir, "out"), core.Options{}, nil)
+	require.NoError(t, err)
+	var files []core.MemoryFile
+	var whole [][]byte
+	for _, name := range []string{"model-1.bs", "model-2.bs"} {
+		b, err := os.ReadFile(filepath.Join(dir, "out", name))
+		require.NoError(t, err)
+		whole = append(whole, b)
+		files = append(files, core.MemoryFile{Name: name, Src: bytes.Clone(b)})
+	}
+	full, err := core.OpenMemory(files, "")
+	require.NoError(t, err)
+	for i := range full.Len() {
+		f, off, n, err := full.Locate(i)
+		require.NoError(t, err)
+		clear(files[f].Src[off:][:n])
+	}
+	sparse, err := core.OpenMemory(files, "")
+	require.NoError(t, err)
+	for i := range sparse.Len() {
+		x, err := sparse.Tensor(i)
+		require.NoError(t, err)
+		dst := make([]byte, x.Bytes)
+		f, off, n, err := sparse.Locate(i)
+		require.NoError(t, err)
+		if n > 0 {
+			require.Equal(t, core.Checksum, core.StatusOf(sparse.Decode(i, dst, nil)), x.Name)
+		}
+		copy(files[f].Src[off:][:n], whole[f][off:])
+		require.NoError(t, sparse.Decode(i, dst, nil))
+		clear(files[f].Src[off:][:n])
+		for _, want := range append(first, second...) {
+			if want.name == x.Name {
+				require.True(t, bytes.Equal(want.data, dst), x.Name)
+			}
+		}
+	}
+	_, err = core.OpenMemory(nil, "")
+	require.Equal(t, core.InvalidArgument, core.StatusOf(err))
+	lone, err := core.OpenMemory(files[1:], "")
+	require.NoError(t, err)
+	i, err := lone.Find("tied")
+	require.NoError(t, err)
+	_, _, _, err = lone.Locate(i)
+	require.ErrorContains(t, err, "model-1.bs")
 }

@@ -76,7 +76,7 @@ func TestRefuse(t *testing.T) {
 		"huge head":          {swap(`"head":`, `"head":9999`), core.Corrupt, "head"},
 		"delta without base": {swap(`"codec":"bs_planes"`, `"codec":"bs_delta"`), core.Corrupt, "base_md5"},
 	} {
-		_, err := core.OpenBytes(forge(t, bs, c.replace))
+		_, err := openMemory(forge(t, bs, c.replace))
 		require.Error(t, err, name)
 		require.Equal(t, c.status, core.StatusOf(err), "%s: %s", name, err)
 		require.Contains(t, err.Error(), c.says, name)
@@ -106,14 +106,14 @@ func TestRefusesCheaply(t *testing.T) {
 	} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		_, err := core.OpenBytes(b)
+		_, err := openMemory(b)
 		runtime.ReadMemStats(&after)
 		require.Equal(t, core.Corrupt, core.StatusOf(err), name)
 		require.Less(t, after.TotalAlloc-before.TotalAlloc, uint64(16<<20+6*len(b)), name)
 	}
-	_, err = core.OpenBytes(append(bytes.Clone(bs[:4096]), make([]byte, 20)...))
+	_, err = openMemory(append(bytes.Clone(bs[:4096]), make([]byte, 20)...))
 	require.Equal(t, core.Truncated, core.StatusOf(err))
-	_, err = core.OpenBytes(grown(`{"tensors":[]}`)[:100])
+	_, err = openMemory(grown(`{"tensors":[]}`)[:100])
 	require.Error(t, err)
 }
 
@@ -124,7 +124,7 @@ func TestDamage(t *testing.T) {
 	bs, err := os.ReadFile(compressed(t, all))
 	require.NoError(t, err)
 	read := func(b []byte) error {
-		rd, err := core.OpenBytes(b)
+		rd, err := openMemory(b)
 		if err != nil {
 			return err
 		}

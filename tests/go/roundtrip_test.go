@@ -147,7 +147,7 @@ func TestTied(t *testing.T) {
 		{"lm_head", "BF16", []uint64{100, 1000}, w}, {"bits", "I16", []uint64{100_000}, w},
 	}, nil))
 	require.Less(t, len(bs), len(w)*7/10+8192)
-	rd, err := core.OpenBytes(bs)
+	rd, err := openMemory(bs)
 	require.NoError(t, err)
 	defer rd.Close()
 	for i := range rd.Len() {
