@@ -340,7 +340,6 @@ func copyFile(src, dst string) error {
 const (
 	sourceExt = ".safetensors"
 	ourExt    = ".bs"
-	indexExt  = ".safetensors.index.json"
 )
 
 // compressTree compresses every safetensors file of a directory and copies everything else.
@@ -393,7 +392,7 @@ func compressFolder(t *tree, dir, tmp, basePath string, opts Options, p *pool) (
 			continue
 		}
 		switch path := filepath.Join(t.root, f); {
-		case strings.HasSuffix(f, indexExt):
+		case indexName.MatchString(f):
 			text, err := os.ReadFile(path)
 			if err != nil {
 				return res, err

@@ -67,6 +67,9 @@ func Open(path, basePath string) (*Reader, error) {
 	}
 	if err == nil {
 		err = r.index(filepath.Dir(names[0]))
+		if e, ok := err.(*Error); ok && len(index.shards()) > 0 {
+			e.Status, e.Msg = Corrupt, "another shard holds a tensor of that name too: one of them is of another model"
+		}
 	}
 	if err == nil {
 		err = index.check(filepath.Join(path, IndexName), func(shard, tensor string) bool {

@@ -3,12 +3,16 @@ package core
 import (
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 )
+
+// indexName matches the names of indexes, that of a variant included: model.safetensors.index.fp16.json.
+var indexName = regexp.MustCompile(`\.safetensors\.index(\.[^./]+)?\.json$`)
 
 // sourceIndex is an index of the source, such as model.safetensors.index.json, with its exact text.
 type sourceIndex struct {

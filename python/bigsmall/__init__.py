@@ -3,6 +3,10 @@
     compress, decompress            files and model directories, to and from `.safetensors`
     compress_delta, decompress_delta  fine-tunes as differences to a base model
     load, safe_open                 torch tensors or numpy arrays from `.bs` files
+    from_pretrained                 the weights of a model, local or on the Hugging Face Hub
+    install_hook, uninstall_hook    lets transformers, diffusers and others load `.bs` files
+    StreamingLoader, StreamingModel  a model layer by layer
+    compress_for_hub, upload_to_hub  repositories of `.bs` files
     save_file                       `.bs` files from tensors in memory
     info, verify                    what a file holds, and whether it is whole
     cpu, set_cpu                    which instructions do the work (or BIGSMALL_CPU: generic, avx2, avx512)
@@ -30,8 +34,13 @@ if TYPE_CHECKING:
         set_cpu,
         verify,
     )
+    from bigsmall.hub import from_pretrained
+    from bigsmall.integrations.huggingface import install_hook, uninstall_hook
+    from bigsmall.layers import StreamingLoader
     from bigsmall.numpy import save_file
+    from bigsmall.publish import compress_for_hub, upload_to_hub
     from bigsmall.streaming import safe_open
+    from bigsmall.streaming_model import StreamingModel
     from bigsmall.torch import load
 
     __version__: str
@@ -39,35 +48,49 @@ if TYPE_CHECKING:
 # Name to the module that has it.
 _EXPORTS = {
     "BadTensor": "api",
+    "StreamingLoader": "layers",
+    "StreamingModel": "streaming_model",
     "VerifyReport": "api",
     "compress": "api",
     "compress_delta": "api",
+    "compress_for_hub": "publish",
     "cpu": "api",
     "decompress": "api",
     "decompress_delta": "api",
+    "from_pretrained": "hub",
     "info": "api",
+    "install_hook": "integrations.huggingface",
     "load": "torch",
     "safe_open": "streaming",
     "save_file": "numpy",
     "set_cpu": "api",
+    "uninstall_hook": "integrations.huggingface",
+    "upload_to_hub": "publish",
     "verify": "api",
 }
 
 __all__ = [
     "BadTensor",
+    "StreamingLoader",
+    "StreamingModel",
     "VerifyReport",
     "__version__",
     "compress",
     "compress_delta",
+    "compress_for_hub",
     "cpu",
     "decompress",
     "decompress_delta",
     "errors",
+    "from_pretrained",
     "info",
+    "install_hook",
     "load",
     "safe_open",
     "save_file",
     "set_cpu",
+    "uninstall_hook",
+    "upload_to_hub",
     "verify",
 ]
 

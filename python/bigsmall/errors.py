@@ -57,7 +57,7 @@ class NotFound(BigSmallError, KeyError):
 
 class Unsupported(BigSmallError, ValueError):
     """The file is valid but needs a version, codec, feature or dtype that is not known here: a newer bigsmall or torch
-    may read it."""
+    may read it. Or a device that this machine or torch lacks, or a version of a library that is not known here."""
 
     status = UNSUPPORTED_FEATURE
 

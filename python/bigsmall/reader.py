@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bigsmall import _native, errors
 from bigsmall._dtypes import BY_CODE, PACKED, DType
@@ -31,6 +33,71 @@ class Destination(NamedTuple):
     address: int
 
 
+class Span(NamedTuple):
+    """Compressed bytes of a tensor: `n_bytes` of them at `offset` of file number `file`."""
+
+    file: int
+    offset: int
+    n_bytes: int
+
+
+class Parts(Protocol):
+    """Files of one model of which only parts are in memory at a time."""
+
+    @property
+    def label(self) -> str:
+        """What messages call the model."""
+
+    @property
+    def files(self) -> Sequence[tuple[str, Any]]:
+        """Name and memory of each file; the memory is as long as the file."""
+
+    def hold(
+        self, spans: Sequence[Span], stop: threading.Event | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Brings these bytes into memory, and keeps them there until the context ends; from any thread. Where `stop` is
+        set from another one meanwhile, it may give up by any exception."""
+
+
+# Compressed bytes of Parts that are brought in at once; the next so many come while these are decoded.
+_FETCH_BYTES = 64 << 20
+
+
+class _Fetch:
+    """Parts.hold on a thread of its own. Nobody waits for one that is abandoned, which may stand in a slow network."""
+
+    def __init__(self, parts: Parts, spans: Sequence[Span]) -> None:
+        self._holding = contextlib.ExitStack()
+        self._failure: BaseException | None = None
+        self._stop, self._done, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        threading.Thread(target=self._run, args=(parts, spans), name="bigsmall-fetch", daemon=True).start()
+
+    def _run(self, parts: Parts, spans: Sequence[Span]) -> None:
+        try:
+            self._holding.enter_context(parts.hold(spans, self._stop))
+        except BaseException as error:  # raised again in the thread that waits
+            self._failure = error
+        with self._lock:
+            self._done.set()
+            if self._stop.is_set():
+                self._holding.close()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Waits for the bytes, and lets them go at the end of the context."""
+        self._done.wait()
+        if self._failure is not None:
+            raise self._failure
+        with self._holding:
+            yield
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._stop.set()
+            if self._done.is_set():
+                self._holding.close()
+
+
 class Reader:
     """An open `.bs` file, or a directory of them as one model.
 
@@ -44,7 +111,8 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
         self.path = os.fsdecode(path)
         self.base = None if base is None else os.fsdecode(base)
-        self._memory: Any = None
+        self._files: Sequence[tuple[str, Any]] | None = None  # name and memory of each file, where they lie there
+        self._parts: Parts | None = None
         self._open()
 
     # ---- opening, and opening again in a child of fork() ----
@@ -54,9 +122,18 @@ class Reader:
         """Opens a whole `.bs` file that lies in memory: bytes, or any object with a contiguous buffer, which must not
         change while the reader is open."""
         reader = cls.__new__(cls)
-        reader.path = "<memory>"
-        reader.base = None
-        reader._memory = data
+        reader.path, reader.base = "<memory>", None
+        reader._files, reader._parts = [("", data)], None
+        reader._open()
+        return reader
+
+    @classmethod
+    def from_parts(cls, parts: Parts, base: str | os.PathLike[str] | None = None) -> Reader:
+        """Opens files of which all but the payloads lies in memory, and those as they are needed."""
+        reader = cls.__new__(cls)
+        reader.path = parts.label
+        reader.base = None if base is None else os.fsdecode(base)
+        reader._files, reader._parts = parts.files, parts
         reader._open()
         return reader
 
@@ -74,18 +151,23 @@ class Reader:
         ffi, lib = _native.library()
         raw = ffi.new("bs_reader **")
         error = ffi.new("bs_error *")
-        source = None
-        if self._memory is not None:
-            source = ffi.from_buffer(self._memory)
-            status = lib.bs_reader_open_memory(source, len(source), raw, error)
+        c_base = ffi.NULL if base is None else ffi.new("char[]", _native.path_bytes(base))
+        sources = []
+        if self._files is not None:
+            names = [ffi.new("char[]", _native.name_bytes(name)) for name, _ in self._files]
+            sources = [ffi.from_buffer(data) for _, data in self._files]
+            structs = ffi.new("bs_memory_file[]", len(sources))
+            for struct, name, source in zip(structs, names, sources):
+                struct.size = ffi.sizeof("bs_memory_file")
+                struct.name, struct.src, struct.src_len = name, source, len(source)
+            status = lib.bs_reader_open_memory(structs, len(structs), c_base, raw, error)
         else:
-            c_base = ffi.NULL if base is None else _native.path_bytes(base)
             status = lib.bs_reader_open(_native.path_bytes(path), c_base, raw, error)
         _native.check(status, error, [path] if base is None else [path, base])
-        return _native.Handle(raw[0], lib.bs_reader_close, source)
+        return _native.Handle(raw[0], lib.bs_reader_close, sources)
 
     def _stat(self) -> tuple[int, ...]:
-        if self._memory is not None:
+        if self._files is not None:
             return ()
         stat = os.stat(self._path_again)
         return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -190,9 +272,13 @@ class Reader:
     ) -> None:
         """Decodes whole tensors, all at once over all workers. On failure the contents of the memory are undefined."""
         todo = [destination for destination in destinations if destination.tensor.n_bytes]
-        if not todo:
-            self._live()
-            return
+        self._live()
+        if self._parts is not None:
+            self._fetch_and_decode(self._parts, todo, workers, progress)
+        elif todo:
+            self._decode(todo, workers, progress)
+
+    def _decode(self, todo: Sequence[Destination], workers: int | None, progress: str | None = None) -> None:
         handle = self._live()
         ffi, lib = _native.library()
         items = ffi.new("bs_decode_item[]", len(todo))
@@ -208,20 +294,72 @@ class Reader:
             paths=[self.path],
         )
 
+    def _fetch_and_decode(
+        self, parts: Parts, todo: Sequence[Destination], workers: int | None, progress: str | None
+    ) -> None:
+        groups: list[tuple[list[Destination], list[Span]]] = []
+        room = 0
+        for destination in todo:
+            span = self.locate(destination.tensor)
+            if span.n_bytes > room or not groups:
+                groups.append(([], []))
+                room = _FETCH_BYTES
+            room -= span.n_bytes
+            groups[-1][0].append(destination)
+            groups[-1][1].append(span)
+
+        coming = _Fetch(parts, groups[0][1]) if groups else None
+        with _native.bar(progress, sum(span.n_bytes for _, spans in groups for span in spans)) as shown:
+            for number, (destinations, spans) in enumerate(groups):
+                present, coming = coming, None
+                assert present is not None
+                try:
+                    with present.held():
+                        if number + 1 < len(groups):
+                            coming = _Fetch(parts, groups[number + 1][1])
+                        self._decode(destinations, workers)
+                except BaseException:
+                    for fetch in (present, coming):
+                        if fetch is not None:
+                            fetch.abandon()
+                    raise
+                if shown is not None:
+                    shown.update(sum(span.n_bytes for span in spans))
+
+    def locate(self, tensor: TensorInfo) -> Span:
+        """Where the compressed bytes of a tensor stand; files are counted in the order of info()["files"]. NotFound
+        where that is a shard which is not open here."""
+        handle = self._live()
+        ffi, lib = _native.library()
+        file, offset, n_bytes = (ffi.new("uint64_t *") for _ in range(3))
+        error = ffi.new("bs_error *")
+        _native.check(lib.bs_reader_locate(handle.raw, tensor.position, file, offset, n_bytes, error), error)
+        return Span(int(file[0]), int(offset[0]), int(n_bytes[0]))
+
+    @contextlib.contextmanager
+    def holding(self, tensor: TensorInfo) -> Iterator[None]:
+        """Has the tensor's compressed bytes in memory, where they are not always there."""
+        if self._parts is None:
+            yield
+        else:
+            with self._parts.hold([self.locate(tensor)]):
+                yield
+
     def decode_verified(self, destination: Destination, *, workers: int | None = None) -> None:
         """Decodes one whole tensor and compares its MD5 with the file's. ChecksumMismatch where they differ."""
         tensor, address = destination
         handle = self._live()
         ffi, lib = _native.library()
         dst = ffi.cast("void *", address) if tensor.n_bytes else ffi.NULL
-        _native.call_long(
-            lambda job, error: lib.bs_reader_decode_verified(
-                handle.raw, tensor.position, dst, tensor.n_bytes, job, error
-            ),
-            workers=workers,
-            n_bytes=tensor.n_bytes,
-            paths=[self.path],
-        )
+        with self.holding(tensor):
+            _native.call_long(
+                lambda job, error: lib.bs_reader_decode_verified(
+                    handle.raw, tensor.position, dst, tensor.n_bytes, job, error
+                ),
+                workers=workers,
+                n_bytes=tensor.n_bytes,
+                paths=[self.path],
+            )
 
     def decode_range(
         self, tensor: TensorInfo, first: int, count: int, address: int, *, workers: int | None = None
@@ -235,14 +373,15 @@ class Reader:
         ffi, lib = _native.library()
         dst = ffi.cast("void *", address)
         n_bytes = count * tensor.dtype.size
-        _native.call_long(
-            lambda job, error: lib.bs_reader_decode_range(
-                handle.raw, tensor.position, first, count, dst, n_bytes, job, error
-            ),
-            workers=workers,
-            n_bytes=n_bytes,
-            paths=[self.path],
-        )
+        with self.holding(tensor):
+            _native.call_long(
+                lambda job, error: lib.bs_reader_decode_range(
+                    handle.raw, tensor.position, first, count, dst, n_bytes, job, error
+                ),
+                workers=workers,
+                n_bytes=n_bytes,
+                paths=[self.path],
+            )
 
     # ---- lifetime ----
 

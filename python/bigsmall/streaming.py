@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -189,6 +189,16 @@ class TensorSlice:
             f"tensor {self._tensor.name!r} is {self.get_dtype()}, whose values share bytes: "
             f"it cannot be cut by {index!r}"
         )
+
+
+_Slice = TypeVar("_Slice", bound=TensorSlice)
+
+
+def torch_slices(reader: Reader, kind: type[_Slice]) -> dict[str, _Slice]:
+    """A slice of that class for each tensor, in the order of the file. They share the reader, which closes with the
+    last of them. Their errors are as those of safe_open."""
+    framework = _Framework("torch", "cpu", None)
+    return {tensor.name: kind(reader, tensor, framework) for tensor in reader.tensors}
 
 
 class _Framework:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bigsmall import errors
+from bigsmall import _native, errors
 from bigsmall._dtypes import BY_NAME, F6_E2M3, F6_E3M2, DType
-from bigsmall.reader import Destination, Reader, TensorInfo, split_by_bytes
+from bigsmall.reader import Destination, Reader, TensorInfo
 
 try:
     import torch
@@ -18,6 +18,8 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         "this needs torch, which is not installed: pip install bigsmall[torch]", name="torch"
     ) from missing
+
+from bigsmall import placement  # it needs torch, whose absence is explained above
 
 # First torch release with each dtype that 2.0 lacks.
 _SINCE = {
@@ -31,9 +33,6 @@ _SINCE = {
     "float8_e8m0fnu": "2.7",
     "float4_e2m1fn_x2": "2.8",
 }
-
-# Bytes on their way to another device; enough for all workers to be busy, little beside a model.
-_IN_FLIGHT_BYTES = 512 << 20
 
 
 def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
@@ -54,11 +53,18 @@ def _torch_dtype(tensor: TensorInfo) -> torch.dtype:
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def empty(tensor: TensorInfo, shape: Sequence[int] | None = None, *, pinned: bool = False) -> torch.Tensor:
-    """A fresh tensor in main memory for that tensor, or for a part of it of another shape, with undefined contents.
-    Unsupported where this torch lacks the dtype."""
+def empty(tensor: TensorInfo, shape: Sequence[int] | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
+    """A fresh tensor for that tensor, or for a part of it of another shape, with undefined contents. Unsupported where
+    this torch lacks the dtype, or has it on other devices only."""
     dtype = _torch_dtype(tensor)
-    return torch.empty(tuple(tensor.shape if shape is None else shape), dtype=dtype, pin_memory=pinned)
+    try:
+        # Without a device it would go to the one that torch.set_default_device or a context manager says.
+        return torch.empty(tuple(tensor.shape if shape is None else shape), dtype=dtype, device=device)
+    except (TypeError, NotImplementedError) as error:
+        raise errors.Unsupported(
+            f"tensor {tensor.name!r} is {tensor.dtype.name}, which device {device} does not take "
+            f'(device="cpu" does): {error}'
+        ) from error
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -68,15 +74,58 @@ def address(tensor: torch.Tensor) -> int:
 
 def stand_in(shape: Sequence[int]) -> torch.Tensor:
     """A tensor of that shape without memory, to learn what an index does."""
-    return torch.zeros((), dtype=torch.uint8).expand(tuple(shape))
+    return torch.zeros((), dtype=torch.uint8, device="cpu").expand(tuple(shape))
 
 
-def open_device(device: str | int | torch.device | None) -> torch.device:
-    """The device that safe_open is given, None for the CPU; InvalidArgument where torch knows none of that name."""
+def as_device(device: str | int | torch.device | None) -> torch.device:
+    """The device of that name, None for the CPU, which is there and takes tensors.
+
+    InvalidArgument where torch knows none of that name, or the machine has fewer of them; Unsupported where there is
+    none at all, or this torch is not built for it.
+    """
     try:
         target = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise errors.InvalidArgument(f"device {device} is invalid: {error}") from error
+    if target.type == "cuda":
+        _check_cuda(target)
+    elif target.type not in ("cpu", "meta"):
+        try:
+            torch.empty(0, device=target)
+        except (RuntimeError, AssertionError, ImportError) as error:  # so different are torch's backends
+            raise errors.Unsupported(f'device {target} cannot be used; device="cpu" can: {error}') from error
+    return target
+
+
+def _check_cuda(device: torch.device) -> None:
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise errors.Unsupported(
+            f"device {device} cannot be used: this torch ({torch.__version__}) is built without CUDA. "
+            'Install a CUDA build of torch and the driver of the GPU, or use device="cpu"'
+        )
+    if torch.cuda._is_in_bad_fork():
+        raise errors.Unsupported(
+            f"device {device} cannot be used: this process was forked from one that had used CUDA. "
+            'Start it by spawn or forkserver, or use device="cpu"'
+        )
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise errors.Unsupported(
+            f"device {device} cannot be used: torch finds no CUDA device, or no driver that fits torch "
+            f"{torch.__version__}{'' if hidden is None else f' (and CUDA_VISIBLE_DEVICES is {hidden!r})'}. "
+            'Install the driver of the GPU and a CUDA build of torch, or use device="cpu"'
+        )
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        raise errors.InvalidArgument(
+            f"device {device} is invalid: there {'is 1 CUDA device' if count == 1 else f'are {count} CUDA devices'} "
+            "here, counted from cuda:0"
+        )
+
+
+def open_device(device: str | int | torch.device | None) -> torch.device:
+    """`as_device` for safe_open, whose tensors have data: InvalidArgument for "meta"."""
+    target = as_device(device)
     if target.type == "meta":
         raise errors.InvalidArgument(f"device {device} is invalid: bigsmall.load and get_shape() need no data")
     return target
@@ -100,12 +149,14 @@ def load(
     verify  : compare every tensor's MD5 too. The checksum of every block is always verified
 
     Each tensor is fresh, writable memory of its own, also where the file stores two names once. Shapes are those of the
-    source but for float4_e2m1fn_x2, whose last dimension is halved.
+    source but for float4_e2m1fn_x2, whose last dimension is halved. On a device other than the CPU, the host memory in
+    use is three buffers of 64 to 256 MiB, or less where less is needed: page-locked ones for CUDA, which are copied
+    while the next bytes are decoded, and which torch keeps for the next time.
 
-    Raises OSError (FileNotFoundError, ...), Corrupt, Truncated, ChecksumMismatch, WrongBase, or Unsupported where this
-    torch lacks a dtype.
+    Raises OSError (FileNotFoundError, ...), Corrupt, Truncated, ChecksumMismatch, WrongBase, InvalidArgument where
+    there is no such device, or Unsupported where this torch lacks a dtype or this machine CUDA.
     """
-    target = torch.device(device)
+    target = as_device(device)
     with Reader(path, base) as reader:
         return read(reader, reader.tensors, target, workers=workers, verify=verify, progress=progress)
 
@@ -119,20 +170,18 @@ def read(
     verify: bool = False,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Decodes whole tensors to a device."""
-    if device.type == "meta":
-        return {tensor.name: torch.empty(tensor.shape, dtype=_torch_dtype(tensor), device=device) for tensor in tensors}
+    """Decodes whole tensors to a device, as `load` does. They are complete when this returns, for use on any stream.
+    May be called from many threads at once."""
+    target = as_device(device)
+    tensors = list({tensor.name: tensor for tensor in tensors}.values())
     for tensor in tensors:
         _torch_dtype(tensor)  # before any work is done
-    if device.type == "cpu":
-        loaded = {tensor.name: empty(tensor) for tensor in tensors}
+    loaded = {tensor.name: empty(tensor, device=target) for tensor in tensors}
+    if target.type == "cpu":
         _decode(reader, tensors, loaded, workers=workers, verify=verify, progress=progress)
-        return loaded
-    loaded = {}
-    for group in split_by_bytes(tensors, _IN_FLIGHT_BYTES):
-        staged = {tensor.name: empty(tensor, pinned=device.type == "cuda") for tensor in group}
-        _decode(reader, group, staged, workers=workers, verify=verify, progress=progress)
-        loaded.update({name: tensor.to(device) for name, tensor in staged.items()})
+    elif target.type != "meta":
+        there = placement.Cuda(loaded, target) if target.type == "cuda" else placement.Device(loaded)
+        placement.fill(reader, tensors, there, workers=workers, verify=verify, progress=progress)
     return loaded
 
 
@@ -146,11 +195,15 @@ def _decode(
     progress: bool,
 ) -> None:
     destinations = [Destination(tensor, address(into[tensor.name])) for tensor in tensors]
-    if verify:
+    label = "loading" if progress else None
+    if not verify:
+        reader.decode_many(destinations, workers=workers, progress=label)
+        return
+    with _native.bar(label, sum(destination.tensor.n_bytes for destination in destinations)) as bar:
         for destination in destinations:
             reader.decode_verified(destination, workers=workers)
-    else:
-        reader.decode_many(destinations, workers=workers, progress="loading" if progress else None)
+            if bar is not None:
+                bar.update(destination.tensor.n_bytes)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,605 @@
+"""transformers, and the libraries around it: models from `.bs` files.
+
+`from_pretrained` makes a transformers model and changes nothing else. `install_hook` makes the libraries' own functions
+take `.bs` files, as if they were `.safetensors`. With both, tensors are decoded one by one, straight into the memory
+that the model keeps; nothing is written to disk.
+
+Measured with transformers 4.57 and 5.x; see `tests/py/test_huggingface.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Union
+
+from bigsmall import errors, hub
+from bigsmall.integrations._patches import Change, Patches, Target
+from bigsmall.reader import Reader
+from bigsmall.streaming import TensorSlice, safe_open, torch_slices
+
+Path = Union[str, "os.PathLike[str]"]
+
+_SINGLE = "model.bs"
+
+
+# ---- tensors that are decoded when the model takes them ------------------------------------------------------------
+
+
+class LazyTensor(TensorSlice):
+    """A tensor of a checkpoint for transformers: `[...]` and `.to()` decode it, anew each time."""
+
+    def is_floating_point(self) -> bool:
+        return bool(self.dtype.is_floating_point)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole tensor, then as torch.Tensor.to()."""
+        return self[...].to(*args, **kwargs)
+
+
+def _lazy_tensors(files: Sequence[str], weight_map: dict[str, str] | None) -> dict[str, Any]:
+    """Name to LazyTensor for all tensors of `.bs` files; what else is among the files (of transformers'
+    config.extra_files) comes as it is. Corrupt where the index, whose weight_map this is, has a tensor elsewhere."""
+    import transformers
+
+    tensors: dict[str, Any] = {}
+    file_of: dict[str, str] = {}
+    for file in files:
+        if not file.endswith(".bs"):
+            tensors.update(transformers.modeling_utils.load_state_dict(file))
+            continue
+        for name, tensor in torch_slices(Reader(file), LazyTensor).items():
+            if name in file_of:
+                raise errors.Corrupt(f"{file}: tensor {name!r} is in {file_of[name]} of this model too")
+            tensors[name] = tensor
+            file_of[name] = os.path.basename(file)
+    if weight_map is not None:
+        hub.check_index({"weight_map": weight_map}, os.path.join(os.path.dirname(files[0]), hub.INDEX_NAME), file_of)
+    return tensors
+
+
+def _real_tensors(file: str, device: Any) -> dict[str, Any]:
+    """All tensors of a `.bs` file, decoded; on the meta device their shapes and dtypes."""
+    from bigsmall.torch import load
+
+    return load(file, device if device is not None else "cpu")
+
+
+# ---- a model without any hook --------------------------------------------------------------------------------------
+
+
+def from_pretrained(
+    path_or_repo: Path,
+    model_class: Any,
+    config_dir: Path | None = None,
+    *,
+    base: Path | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    stream: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A transformers model with the weights of a `.bs` file, a directory of them, or a repository on the Hub.
+
+    model_class : a class of transformers: AutoModel, AutoModelForCausalLM, LlamaForCausalLM, ...
+    config_dir  : directory or repository with config.json; None for where the weights are
+    base        : of a delta: `.safetensors`, `.bs`, a directory or repository
+    stream      : of a repository, decode as the bytes come, and keep no `.bs` file on disk
+    subfolder, revision, token, cache_dir, local_files_only : as in transformers
+    kwargs      : for the from_pretrained of model_class: dtype, device_map, output_loading_info, ... Those that are
+                  attributes of the configuration change it
+
+    The weights go into the model one by one: no file is written, and the peak of memory is the model and little more.
+    Which weights the model lacks or has too many transformers reports, as it does for other checkpoints.
+
+    Raises what `bigsmall.hub.local_path` raises, Corrupt, Truncated, ChecksumMismatch or WrongBase for bad files, and
+    what transformers raises.
+    """
+    transformers = _transformers()
+    where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if stream:
+        reader = hub.open_reader(path_or_repo, base=base, subfolder=subfolder, revision=revision, **where)
+    else:
+        path = hub.local_path(path_or_repo, subfolder=subfolder, revision=revision, **where)
+        reader = Reader(path, None if base is None else hub.base_of(base, **where))
+    # Beside the weights it is in the same folder and of the same revision.
+    source: dict[str, Any] = dict(where) if config_dir is not None else {**where, "subfolder": subfolder}
+    if config_dir is None and revision is not None:
+        source["revision"] = revision
+    config_source = _config_source(path_or_repo, config_dir, source.get("subfolder", ""))
+    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    config = kwargs.pop("config", None)
+    if config is None:
+        config_class = getattr(model_class, "config_class", None)
+        reads = transformers.AutoConfig if config_class is None else config_class
+        config = reads.from_pretrained(config_source, **source, **(trust if config_class is None else {}))
+    for name in [name for name in kwargs if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))
+    concrete = _concrete_class(model_class, config, config_source, source, trust)
+    if concrete is not model_class:
+        kwargs.pop("trust_remote_code", None)
+    if "generation_config" not in kwargs and concrete.can_generate():
+        with contextlib.suppress(OSError):  # there may be none
+            kwargs["generation_config"] = transformers.GenerationConfig.from_pretrained(config_source, **source)
+    if hasattr(transformers.modeling_utils, "load_shard_file"):  # 4.x puts the tensors themselves into the model
+        tensors: dict[str, Any] = _decoded(reader)
+    else:
+        tensors = dict(torch_slices(reader, LazyTensor))
+    loaded = concrete.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.name_or_path = model.config._name_or_path = str(config_source)
+    return loaded
+
+
+def _transformers() -> Any:
+    try:
+        import transformers.modeling_utils
+    except ModuleNotFoundError as missing:
+        if missing.name != "transformers":
+            raise
+        raise ModuleNotFoundError(
+            "this needs transformers, which is not installed: pip install bigsmall[hf]", name="transformers"
+        ) from missing
+    return transformers
+
+
+def _decoded(reader: Reader) -> dict[str, Any]:
+    import torch
+
+    from bigsmall.torch import read
+
+    return read(reader, reader.tensors, torch.device("cpu"))
+
+
+def _config_source(path_or_repo: Path, config_dir: Path | None, subfolder: str) -> str:
+    """Where transformers finds config.json: a directory or repository."""
+    source = path_or_repo if config_dir is None else config_dir
+    if hub.is_repo_id(source):
+        return hub.repo_id(source)
+    path = os.fsdecode(source)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    if not os.path.isfile(os.path.join(folder, subfolder, "config.json")):
+        missing = os.path.join(folder, subfolder, "config.json")
+        raise errors.FileMissing(
+            errno.ENOENT, f"{missing} is missing: name the directory that has the model's as config_dir", missing
+        )
+    return folder
+
+
+def _concrete_class(
+    model_class: Any, config: Any, config_source: str, source: dict[str, Any], trust: dict[str, Any]
+) -> Any:
+    """The class that an Auto class stands for."""
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        return model_class
+    remote = (getattr(config, "auto_map", None) or {}).get(model_class.__name__)
+    if remote is not None and trust.get("trust_remote_code"):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, config_source, **source)
+    if type(config) not in mapping:
+        raise errors.InvalidArgument(
+            f"{model_class.__name__} has no model for the configuration {type(config).__name__} of {config_source}"
+        )
+    found = mapping[type(config)]
+    if isinstance(found, (list, tuple)):
+        named = {candidate.__name__: candidate for candidate in found}
+        found = next((named[name] for name in config.architectures or () if name in named), found[0])
+    return found
+
+
+# ---- hooks: where transformers looks for weights -------------------------------------------------------------------
+
+
+def _weights_name(name: str, variant: str | None) -> str:
+    """transformers' name of a file of a variant: model.fp16.bs."""
+    if variant is None:
+        return name
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}"
+
+
+def _shard_map(index: dict[str, Any], path: str, variant: str | None) -> dict[str, str] | None:
+    """Tensor to `.bs` file of a variant, as the index of the folder has it; None where it has none of that variant."""
+    original = _weights_name("model.safetensors.index.json", variant)
+    sources = index.get("metadata", {}).get("source_indexes")
+    weight_map = index["weight_map"] if variant is None and not sources else None
+    for source in sources or ():
+        if source["name"] == original:
+            files = hub.parse_index(source["text"], f"{path}: {original}")["weight_map"]
+            weight_map = {name: file[: -len(".safetensors")] + ".bs" for name, file in files.items()}
+    if weight_map:
+        hub.shards_of({"weight_map": weight_map}, path)
+    return weight_map
+
+
+def _sharded_metadata(index: dict[str, Any], weight_map: dict[str, str]) -> dict[str, Any]:
+    """What transformers' get_checkpoint_shard_files makes of an index."""
+    return {**index.get("metadata", {}), "all_checkpoint_keys": list(weight_map), "weight_map": dict(weight_map)}
+
+
+def _local_weights(folder: str, variant: str | None) -> tuple[list[str], dict[str, Any] | None] | None:
+    """The `.bs` files of a model in a folder and, of shards, the metadata; None where the folder has none."""
+    index_path = os.path.join(folder, hub.INDEX_NAME)
+    if os.path.isfile(index_path):
+        index = hub.read_index(index_path)
+        weight_map = _shard_map(index, index_path, variant)
+        if weight_map:
+            files = [os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))]
+            for file in files:
+                if not os.path.isfile(file):
+                    raise errors.FileMissing(
+                        errno.ENOENT, f"{file}: {hub.INDEX_NAME} lists this shard, which is missing", file
+                    )
+            return files, _sharded_metadata(index, weight_map)
+    single = os.path.join(folder, _weights_name(_SINGLE, variant))
+    return ([single], None) if os.path.isfile(single) else None
+
+
+def _hub_weights(
+    repo: str, variant: str | None, options: dict[str, Any]
+) -> tuple[list[str], dict[str, Any] | None] | None:
+    """The same of a repository, in the Hub's cache."""
+    from transformers.utils.hub import cached_file, cached_files
+
+    quiet = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False}
+    index_path = cached_file(repo, hub.INDEX_NAME, **options, **quiet)
+    if index_path is not None:
+        index = hub.read_index(index_path)
+        weight_map = _shard_map(index, f"{repo}/{hub.INDEX_NAME}", variant)
+        if weight_map:
+            files = cached_files(repo, sorted(set(weight_map.values())), **options)
+            return list(files), _sharded_metadata(index, weight_map)
+    single = cached_file(repo, _weights_name(_SINGLE, variant), **options, **quiet)
+    return None if single is None else ([single], None)
+
+
+_DOWNLOAD_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "user_agent",
+    "revision",
+    "subfolder",
+    "tqdm_class",
+)
+
+
+def _wrap_resolve(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of _get_resolved_checkpoint_files: `.bs` files where there are no safetensors of that name."""
+    signature = inspect.signature(original)
+
+    def resolve(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        name, safe = call.get("pretrained_model_name_or_path"), call.get("use_safetensors")
+        other = ("gguf_file", "transformers_explicit_filename", "from_tf", "from_flax")
+        if name is None or safe is False or any(call.get(option) for option in other):
+            return original(*args, **kwargs)
+        name, variant = str(name), call.get("variant")
+        given = {**call, **(call.get("download_kwargs") or {})}
+        options = {option: given[option] for option in _DOWNLOAD_OPTIONS if given.get(option) is not None}
+        options["_commit_hash"] = given.get("commit_hash")
+        safetensors = [_weights_name(n, variant) for n in ("model.safetensors", "model.safetensors.index.json")]
+        if os.path.isdir(name):
+            folder = os.path.join(name, options.get("subfolder", ""))
+            if any(os.path.isfile(os.path.join(folder, file)) for file in safetensors):
+                return original(*args, **kwargs)
+            return _local_weights(folder, variant) or original(*args, **kwargs)
+        if os.path.isfile(os.path.join(options.get("subfolder", ""), name)):
+            return original(*args, **kwargs)
+        if safe:  # the original would now ask the Hub's converter for safetensors
+            from transformers.utils.hub import cached_file
+
+            quiet = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False}
+            if all(cached_file(name, file, **options, **quiet) is None for file in safetensors):
+                return _hub_weights(name, variant, options) or original(*args, **kwargs)
+            return original(*args, **kwargs)
+        # The original first, so that a repository of another kind sees the same requests as ever.
+        try:
+            return original(*args, **kwargs)
+        except OSError:
+            found = None
+            with contextlib.suppress(OSError):  # no network, no access: then the original's error says it better
+                found = _hub_weights(name, variant, options)
+            if found is None:
+                raise
+            return found
+
+    return resolve
+
+
+def _has_bs(files: Sequence[str] | None) -> bool:
+    return any(str(file).endswith(".bs") for file in files or ())
+
+
+def _wrap_load_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of PreTrainedModel._load_pretrained_model in transformers 5: tensors that are decoded as they are taken."""
+    signature = inspect.signature(original)
+
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        files = call.arguments.get("checkpoint_files") or []
+        if call.arguments.get("state_dict") is not None or not _has_bs(files):
+            return original(*args, **kwargs)
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        config = call.arguments["load_config"]
+        quantizer = getattr(config, "hf_quantizer", None)
+        _refuse_torchao(quantizer, files)
+        if is_deepspeed_zero3_enabled() and quantizer is None:  # it wants real tensors, by load_state_dict
+            return original(*args, **kwargs)
+        metadata = getattr(config, "sharded_metadata", None) or {}
+        call.arguments["state_dict"] = _lazy_tensors(files, metadata.get("weight_map"))
+        return original(*call.args, **call.kwargs)
+
+    return load_pretrained_model
+
+
+def _refuse_torchao(quantizer: Any, files: Sequence[str]) -> None:
+    """A checkpoint that torchao quantised keeps in its safetensors metadata how to put tensors together."""
+    if quantizer is not None and getattr(quantizer, "pre_quantized", False) and "TorchAo" in type(quantizer).__name__:
+        raise errors.Unsupported(
+            f"{files[0]}: transformers loads models that torchao quantised from safetensors only: "
+            "restore them with `bigsmall decompress` first"
+        )
+
+
+def _wrap_load_shard(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of load_shard_file in transformers 4. Its arguments begin with the file and, where that is "", the tensors."""
+
+    def load_shard_file(args: tuple[Any, ...]) -> Any:
+        file = args[0]
+        if not file or not _has_bs([file]):
+            return original(args)
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        if is_deepspeed_zero3_enabled():
+            return original(args)
+        return original(("", _lazy_tensors([file], None), *args[2:]))
+
+    return load_shard_file
+
+
+def _wrap_load_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of transformers' load_state_dict."""
+    signature = inspect.signature(original)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        file = os.fspath(call.arguments["checkpoint_file"])
+        if not _has_bs([file]):
+            return original(*args, **kwargs)
+        return _real_tensors(file, call.arguments.get("map_location"))
+
+    return load_state_dict
+
+
+# ---- hooks of other libraries --------------------------------------------------------------------------------------
+
+
+def _wrap_safe_open(original: type[Any]) -> type[Any]:
+    """Of safetensors.safe_open, which is a class of its own kind that cannot be derived from."""
+
+    class Dispatch(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, (original, safe_open))
+
+        def __call__(cls, filename: Any, *args: Any, **kwargs: Any) -> Any:
+            if _hook.active and _has_bs([os.fspath(filename)]):
+                return safe_open(filename, *args, **kwargs)
+            return original(filename, *args, **kwargs)
+
+    return Dispatch("safe_open", (), {"__doc__": original.__doc__, "__module__": original.__module__})
+
+
+def _wrap_accelerate_load(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of accelerate's load_state_dict(checkpoint_file, device_map=None)."""
+    signature = inspect.signature(original)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        file = os.fspath(call["checkpoint_file"])
+        if not _has_bs([file]):
+            return original(*args, **kwargs)
+        devices = set((call.get("device_map") or {}).values())
+        device = devices.pop() if len(devices) == 1 else "cpu"
+        return _real_tensors(file, "cpu" if device == "disk" else device)
+
+    return load_state_dict
+
+
+def _wrap_accelerate_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of accelerate's load_checkpoint_in_model: a folder that holds model.bs and no index stands for that file."""
+    signature = inspect.signature(original)
+
+    def load_checkpoint_in_model(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        folder = call.arguments["checkpoint"]
+        if os.path.isdir(folder):
+            names = os.listdir(folder)
+            others = ("model.safetensors", "pytorch_model.bin")
+            if _SINGLE in names and not any(name in others or name.endswith(".index.json") for name in names):
+                call.arguments["checkpoint"] = os.path.join(folder, _SINGLE)
+        return original(*call.args, **call.kwargs)
+
+    return load_checkpoint_in_model
+
+
+def _wrap_module_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of sentence-transformers' Module.load_torch_weights, by which modules beside the transformer load theirs."""
+    signature = inspect.signature(original)
+
+    def load_torch_weights(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except ValueError:
+            call = signature.bind(*args, **kwargs).arguments
+            cls, name, model = call.pop("cls"), call.pop("model_name_or_path"), call.pop("model", None)
+            file = cls.load_file_path(name, filename=_SINGLE, **call)
+            if file is None:
+                raise
+        tensors = _real_tensors(file, "cpu")
+        if model is None:
+            return tensors
+        model.load_state_dict(tensors)
+        return model
+
+    return load_torch_weights
+
+
+# ---- the hook ------------------------------------------------------------------------------------------------------
+
+
+def _all_of(**wraps: Callable[[Any], Any]) -> Callable[[ModuleType], list[Change]]:
+    """A plan for a module that is known to have these names; "__" stands for a dot."""
+    return lambda module: [Change(name.replace("__", "."), wrap) for name, wrap in wraps.items()]
+
+
+def _where_there(library: str, instead: str, **wraps: Callable[[Any], Any]) -> Callable[[ModuleType], list[Change]]:
+    """A plan for a module of a library beside the main one: without these names it is left alone, with a warning."""
+
+    def plan(module: ModuleType) -> list[Change]:
+        for name in wraps:
+            owner: Any = module
+            for step in name.split("__"):
+                owner = getattr(owner, step, None)
+            if owner is None:
+                warnings.warn(
+                    f"bigsmall.install_hook() does not know this version of {library} ({_version(library)}), "
+                    f"which therefore does not load .bs files by itself; {instead}",
+                    stacklevel=2,
+                )
+                return []
+        return _all_of(**wraps)(module)
+
+    return plan
+
+
+def _if_there(**wraps: Callable[[Any], Any]) -> Callable[[ModuleType], list[Change]]:
+    """A plan for names that a module may have imported from another one that is changed too."""
+    return lambda module: [change for change in _all_of(**wraps)(module) if hasattr(module, change.attribute)]
+
+
+def _version(library: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _transformers_plan(module: ModuleType) -> list[Change]:
+    model = getattr(module, "PreTrainedModel", None)
+    load = inspect.getattr_static(model, "_load_pretrained_model", None)
+    function = getattr(load, "__func__", load)
+    known = (
+        callable(function)
+        and _takes(getattr(module, "_get_resolved_checkpoint_files", None), "pretrained_model_name_or_path", "variant")
+        and _takes(getattr(module, "load_state_dict", None), "checkpoint_file", "map_location")
+        and _takes(function, "state_dict", "checkpoint_files")
+    )
+    by_shard = hasattr(module, "load_shard_file")
+    if not known or not (by_shard or _takes(function, "load_config")):
+        raise errors.Unsupported(
+            f"bigsmall.install_hook() does not know this version of transformers ({_version('transformers')}), which "
+            "loads weights in another way: use bigsmall.integrations.huggingface.from_pretrained, or a newer bigsmall"
+        )
+    changes = [
+        Change("_get_resolved_checkpoint_files", _wrap_resolve),
+        Change("load_state_dict", _wrap_load_state_dict),
+    ]
+    if by_shard:
+        changes.append(Change("load_shard_file", _wrap_load_shard))
+    else:
+        changes.append(Change("PreTrainedModel._load_pretrained_model", _wrap_load_pretrained))
+    return [*changes, *_if_there(safe_open=_wrap_safe_open)(module)]
+
+
+def _takes(function: Any, *names: str) -> bool:
+    return callable(function) and set(names) <= set(inspect.signature(function).parameters)
+
+
+def _targets() -> list[Target]:
+    from bigsmall.integrations.diffusion import diffusers_patches
+
+    diffusers = []
+    for module, wraps in diffusers_patches().items():
+        if module == "diffusers.models.modeling_utils":
+            plan = _where_there("diffusers", "bigsmall.integrations.diffusion.load_pipeline does", **wraps)
+        else:
+            plan = _if_there(**wraps)
+        diffusers.append(Target(module, plan))
+    st = _where_there(
+        "sentence-transformers",
+        "bigsmall decompress restores its modules",
+        Module__load_torch_weights=_wrap_module_weights,
+    )
+    accelerate = "bigsmall.load gives the tensors"
+    return [
+        Target("safetensors", _all_of(safe_open=_wrap_safe_open)),
+        Target("safetensors.torch", _if_there(safe_open=_wrap_safe_open)),
+        Target("safetensors.numpy", _if_there(safe_open=_wrap_safe_open)),
+        Target("transformers.modeling_utils", _transformers_plan),
+        Target(
+            "transformers.modeling_layers",
+            _if_there(_get_resolved_checkpoint_files=_wrap_resolve, safe_open=_wrap_safe_open),
+        ),
+        Target(
+            "accelerate.utils.modeling",
+            _where_there(
+                "accelerate",
+                accelerate,
+                load_state_dict=_wrap_accelerate_load,
+                load_checkpoint_in_model=_wrap_accelerate_checkpoint,
+            ),
+        ),
+        Target(
+            "accelerate.utils",
+            _if_there(load_state_dict=_wrap_accelerate_load, load_checkpoint_in_model=_wrap_accelerate_checkpoint),
+        ),
+        Target("accelerate.big_modeling", _if_there(load_checkpoint_in_model=_wrap_accelerate_checkpoint)),
+        Target("accelerate", _if_there(load_checkpoint_in_model=_wrap_accelerate_checkpoint)),
+        Target("sentence_transformers.base.modules.module", st),  # since 6.0
+        Target("sentence_transformers.models.Module", st),  # before
+        *diffusers,
+    ]
+
+
+_hook = Patches(_targets)
+
+
+def install_hook() -> None:
+    """Makes other libraries take `.bs` files, in this process, until `uninstall_hook()`:
+
+    transformers          : from_pretrained of any class, for a directory or repository with `model.bs`, or with shards
+                            and bigsmall.index.json. Safetensors files of the same name go first
+    safetensors           : safe_open, safetensors.torch.load_file and load_model, by the suffix `.bs`
+    accelerate            : load_checkpoint_and_dispatch, load_checkpoint_in_model
+    sentence-transformers : the transformer and the modules beside it
+    diffusers             : from_pretrained of models and pipelines
+
+    Other checkpoints load as before, with the same requests to the Hub. Nothing is imported by this: a library is
+    changed when it is imported. Calling it twice is allowed. A process started by spawn needs a call of its own.
+
+    Raises Unsupported, and changes nothing, where this version of transformers loads weights in a way that is not known
+    here; where that is imported later, importing it raises.
+    """
+    _hook.install()
+
+
+def uninstall_hook() -> None:
+    """Puts everything back as it was before `install_hook()`."""
+    _hook.uninstall()
