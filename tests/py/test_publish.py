@@ -10,11 +10,11 @@ import socket
 from pathlib import Path
 
 import pytest
-from fakehub import FakeHub
 
 import bigsmall
 from bigsmall import api, errors
 from bigsmall.publish import compress_for_hub, upload_to_hub
+from fakehub import FakeHub
 from helpers import bfloat16, run_script, tree, weights, write_safetensors
 
 CARD = """---

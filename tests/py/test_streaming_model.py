@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakehub import FakeHub
 
 import bigsmall
 from bigsmall import errors
+from fakehub import FakeHub
 from helpers import run_script
 
 torch = pytest.importorskip("torch")

@@ -14,11 +14,11 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from fakehub import FakeHub
 
 import bigsmall
 from bigsmall import errors
 from bigsmall.integrations import vllm as integration
+from fakehub import FakeHub
 from helpers import array_bytes, bfloat16, run_script, tree, weights, write_safetensors
 
 torch = pytest.importorskip("torch")

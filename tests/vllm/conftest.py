@@ -68,16 +68,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def run_vllm(script: str, *args: object, expect: int = 0) -> str:
     """Output of a script of this directory, run in a process of its own that is killed with its children at the time
     limit."""
+    settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # One CPU for each of two processes, or vLLM refuses to start them on a small machine.
+    settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0))[:2])
     process = subprocess.Popen(
         [sys.executable, str(SCRIPTS / script), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**os.environ, **settings},
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()

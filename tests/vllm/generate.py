@@ -1,5 +1,5 @@
-"""generate.py MODEL LOAD_FORMAT: greedy tokens of two prompts, by the whole of vLLM. bigsmall is not imported here: its
-entry point does it."""
+"""generate.py MODEL LOAD_FORMAT PROCESSES: greedy tokens of two prompts, by the whole of vLLM, each layer divided among
+so many processes. bigsmall is not imported here: its entry point does it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPTS = [[1, 7, 300], [1, 9]]
 
 
 def main() -> None:
-    model, load_format = sys.argv[1:]
+    model, load_format, processes = sys.argv[1:]
     llm = LLM(
         model=model,
         load_format=load_format,
@@ -21,6 +21,7 @@ def main() -> None:
         max_model_len=64,
         max_num_seqs=2,
         kv_cache_memory_bytes=64 << 20,
+        tensor_parallel_size=int(processes),
     )
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in PROMPTS],

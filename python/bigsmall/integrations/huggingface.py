@@ -42,24 +42,17 @@ class LazyTensor(TensorSlice):
         return self[...].to(*args, **kwargs)
 
 
-def _lazy_tensors(files: Sequence[str], weight_map: dict[str, str] | None) -> dict[str, Any]:
+def _lazy_tensors(files: Sequence[str]) -> dict[str, Any]:
     """Name to LazyTensor for all tensors of `.bs` files; what else is among the files (of transformers'
-    config.extra_files) comes as it is. Corrupt where the index, whose weight_map this is, has a tensor elsewhere."""
+    config.extra_files) comes as it is."""
     import transformers
 
     tensors: dict[str, Any] = {}
-    file_of: dict[str, str] = {}
     for file in files:
-        if not file.endswith(".bs"):
+        if file.endswith(".bs"):
+            tensors.update(torch_slices(Reader(file), LazyTensor))
+        else:
             tensors.update(transformers.modeling_utils.load_state_dict(file))
-            continue
-        for name, tensor in torch_slices(Reader(file), LazyTensor).items():
-            if name in file_of:
-                raise errors.Corrupt(f"{file}: tensor {name!r} is in {file_of[name]} of this model too")
-            tensors[name] = tensor
-            file_of[name] = os.path.basename(file)
-    if weight_map is not None:
-        hub.check_index({"weight_map": weight_map}, os.path.join(os.path.dirname(files[0]), hub.INDEX_NAME), file_of)
     return tensors
 
 
@@ -126,9 +119,6 @@ def from_pretrained(
     concrete = _concrete_class(model_class, config, config_source, source, trust)
     if concrete is not model_class:
         kwargs.pop("trust_remote_code", None)
-    if "generation_config" not in kwargs and concrete.can_generate():
-        with contextlib.suppress(OSError):  # there may be none
-            kwargs["generation_config"] = transformers.GenerationConfig.from_pretrained(config_source, **source)
     if hasattr(transformers.modeling_utils, "load_shard_file"):  # 4.x puts the tensors themselves into the model
         tensors: dict[str, Any] = _decoded(reader)
     else:
@@ -136,6 +126,9 @@ def from_pretrained(
     loaded = concrete.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config._name_or_path = str(config_source)
+    if "generation_config" not in kwargs and model.can_generate():
+        with contextlib.suppress(OSError):  # there may be none
+            model.generation_config = transformers.GenerationConfig.from_pretrained(config_source, **source)
     return loaded
 
 
@@ -222,9 +215,21 @@ def _shard_map(index: dict[str, Any], path: str, variant: str | None) -> dict[st
     return weight_map
 
 
-def _sharded_metadata(index: dict[str, Any], weight_map: dict[str, str]) -> dict[str, Any]:
-    """What transformers' get_checkpoint_shard_files makes of an index."""
-    return {**index.get("metadata", {}), "all_checkpoint_keys": list(weight_map), "weight_map": dict(weight_map)}
+def _sharded(files: list[str], index: dict[str, Any], weight_map: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
+    """The files, and what transformers' get_checkpoint_shard_files makes of an index. Corrupt where they do not hold what
+    the index says, so that no model is ever loaded in part."""
+    file_of: dict[str, str] = {}
+    for file in files:
+        with Reader(file) as reader:
+            for tensor in reader.tensors:
+                if tensor.name in file_of:
+                    raise errors.Corrupt(
+                        f"{file}: tensor {tensor.name!r} is in {file_of[tensor.name]} of this model too"
+                    )
+                file_of[tensor.name] = os.path.basename(file)
+    hub.check_index({"weight_map": weight_map}, os.path.join(os.path.dirname(files[0]), hub.INDEX_NAME), file_of)
+    metadata = {**index.get("metadata", {}), "all_checkpoint_keys": list(weight_map), "weight_map": dict(weight_map)}
+    return files, metadata
 
 
 def _local_weights(folder: str, variant: str | None) -> tuple[list[str], dict[str, Any] | None] | None:
@@ -240,7 +245,7 @@ def _local_weights(folder: str, variant: str | None) -> tuple[list[str], dict[st
                     raise errors.FileMissing(
                         errno.ENOENT, f"{file}: {hub.INDEX_NAME} lists this shard, which is missing", file
                     )
-            return files, _sharded_metadata(index, weight_map)
+            return _sharded(files, index, weight_map)
     single = os.path.join(folder, _weights_name(_SINGLE, variant))
     return ([single], None) if os.path.isfile(single) else None
 
@@ -258,7 +263,7 @@ def _hub_weights(
         weight_map = _shard_map(index, f"{repo}/{hub.INDEX_NAME}", variant)
         if weight_map:
             files = cached_files(repo, sorted(set(weight_map.values())), **options)
-            return list(files), _sharded_metadata(index, weight_map)
+            return _sharded(list(files), index, weight_map)
     single = cached_file(repo, _weights_name(_SINGLE, variant), **options, **quiet)
     return None if single is None else ([single], None)
 
@@ -339,8 +344,7 @@ def _wrap_load_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_torchao(quantizer, files)
         if is_deepspeed_zero3_enabled() and quantizer is None:  # it wants real tensors, by load_state_dict
             return original(*args, **kwargs)
-        metadata = getattr(config, "sharded_metadata", None) or {}
-        call.arguments["state_dict"] = _lazy_tensors(files, metadata.get("weight_map"))
+        call.arguments["state_dict"] = _lazy_tensors(files)
         return original(*call.args, **call.kwargs)
 
     return load_pretrained_model
@@ -366,7 +370,7 @@ def _wrap_load_shard(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if is_deepspeed_zero3_enabled():
             return original(args)
-        return original(("", _lazy_tensors([file], None), *args[2:]))
+        return original(("", _lazy_tensors([file]), *args[2:]))
 
     return load_shard_file
 
