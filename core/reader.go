@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -111,7 +113,14 @@ func OpenMemory(files []MemoryFile, basePath string) (*Reader, error) {
 	if len(files) == 0 {
 		return nil, failf(InvalidArgument, "no file to open")
 	}
-	if err = r.index(""); err == nil && basePath != "" {
+	var names []string
+	for _, f := range files {
+		names = append(names, f.Name)
+	}
+	if err = allNumbers(names); err == nil {
+		err = r.index("")
+	}
+	if err == nil && basePath != "" {
 		r.base, err = openBase(basePath)
 	}
 	if err == nil {
@@ -176,7 +185,7 @@ func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 		if len(names) == 0 {
 			return nil, nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file itself; name the folder in it that does", Err: os.ErrNotExist}
 		}
-		return names, index, nil
+		return names, index, inFile(allNumbers(names), dir)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -188,6 +197,39 @@ func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 		names = append(names, filepath.Join(dir, s))
 	}
 	return names, index, nil
+}
+
+// numbered matches the names of shards, which say of how many they are one: model-00002-of-00005.bs.
+var numbered = regexp.MustCompile(`^(.*)-([0-9]{1,9})-of-([0-9]{1,9})(\.[^-]*)$`)
+
+// allNumbers makes sure that no shard of a numbered set is missing: of a model without an index only the names tell.
+func allNumbers(names []string) error {
+	have := map[[3]string]map[int]bool{} // prefix, number of shards, suffix
+	for _, name := range names {
+		if m := numbered.FindStringSubmatch(filepath.Base(name)); m != nil {
+			set := [3]string{m[1], m[3], m[4]}
+			if have[set] == nil {
+				have[set] = map[int]bool{}
+			}
+			i, _ := strconv.Atoi(m[2]) // nine digits at most
+			have[set][i] = true
+		}
+	}
+	for set, numbers := range have {
+		all, _ := strconv.Atoi(set[1])
+		// Some count from 0.
+		first := 1
+		if numbers[0] {
+			first = 0
+		}
+		for i := first; i < first+all; i++ {
+			if !numbers[i] {
+				return &Error{Status: IO, Err: os.ErrNotExist, Msg: fmt.Sprintf("of the %d shards %s-...-of-%s%s number %d is missing: complete the model, or open the files one by one",
+					all, set[0], set[1], set[2], i)}
+			}
+		}
+	}
+	return nil
 }
 
 // Close frees the files. Nothing else may use the reader any more.

