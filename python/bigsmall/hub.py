@@ -341,8 +341,18 @@ def parse_index(text: str, path: str) -> dict[str, Any]:
     except ValueError as error:
         raise errors.Corrupt(f"{path} is no index: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not isinstance(index.get("metadata", {}), dict):
-        raise errors.Corrupt(f"{path} is no index: it has no weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise errors.Corrupt(f"{path} is no index: it has no weight_map of names to names")
+    metadata = index.setdefault("metadata", {})
+    sources = metadata.get("source_indexes") if isinstance(metadata, dict) else 0
+    if sources is not None and not (
+        isinstance(sources, list)
+        and all(
+            isinstance(source, dict) and isinstance(source.get("name"), str) and isinstance(source.get("text"), str)
+            for source in sources
+        )
+    ):
+        raise errors.Corrupt(f"{path}: its metadata is damaged")
     made: dict[str, Any] = index
     return made
 

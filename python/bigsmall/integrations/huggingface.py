@@ -19,13 +19,16 @@ from types import ModuleType
 from typing import Any, Union
 
 from bigsmall import errors, hub
+from bigsmall.integrations import _checkpoint
+from bigsmall.integrations._checkpoint import Checkpoint
 from bigsmall.integrations._patches import Change, Patches, Target
 from bigsmall.reader import Reader
 from bigsmall.streaming import TensorSlice, safe_open, torch_slices
 
 Path = Union[str, "os.PathLike[str]"]
 
-_SINGLE = "model.bs"
+_STEM = "model"
+_SINGLE = _STEM + ".bs"
 
 
 # ---- tensors that are decoded when the model takes them ------------------------------------------------------------
@@ -119,10 +122,8 @@ def from_pretrained(
     concrete = _concrete_class(model_class, config, config_source, source, trust)
     if concrete is not model_class:
         kwargs.pop("trust_remote_code", None)
-    if hasattr(transformers.modeling_utils, "load_shard_file"):  # 4.x puts the tensors themselves into the model
-        tensors: dict[str, Any] = _decoded(reader)
-    else:
-        tensors = dict(torch_slices(reader, LazyTensor))
+    _refuse_torchao(config, reader.path)
+    tensors: dict[str, Any] = _decoded(reader) if _zero3() else dict(torch_slices(reader, LazyTensor))
     loaded = concrete.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config._name_or_path = str(config_source)
@@ -142,6 +143,13 @@ def _transformers() -> Any:
             "this needs transformers, which is not installed: pip install bigsmall[hf]", name="transformers"
         ) from missing
     return transformers
+
+
+def _zero3() -> bool:
+    """Whether DeepSpeed spreads the parameters over processes: then transformers wants real tensors."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
 
 
 def _decoded(reader: Reader) -> dict[str, Any]:
@@ -193,79 +201,32 @@ def _concrete_class(
 # ---- hooks: where transformers looks for weights -------------------------------------------------------------------
 
 
-def _weights_name(name: str, variant: str | None) -> str:
-    """transformers' name of a file of a variant: model.fp16.bs."""
-    if variant is None:
-        return name
-    stem, suffix = name.rsplit(".", 1)
-    return f"{stem}.{variant}.{suffix}"
+_Resolved = tuple[list[str], "dict[str, Any] | None"]  # as _get_resolved_checkpoint_files returns it
 
 
-def _shard_map(index: dict[str, Any], path: str, variant: str | None) -> dict[str, str] | None:
-    """Tensor to `.bs` file of a variant, as the index of the folder has it; None where it has none of that variant."""
-    original = _weights_name("model.safetensors.index.json", variant)
-    sources = index.get("metadata", {}).get("source_indexes")
-    weight_map = index["weight_map"] if variant is None and not sources else None
-    for source in sources or ():
-        if source["name"] == original:
-            files = hub.parse_index(source["text"], f"{path}: {original}")["weight_map"]
-            weight_map = {name: file[: -len(".safetensors")] + ".bs" for name, file in files.items()}
-    if weight_map:
-        hub.shards_of({"weight_map": weight_map}, path)
-    return weight_map
+def _resolved(checkpoint: Checkpoint) -> _Resolved:
+    """The files and, of shards, what transformers' get_checkpoint_shard_files makes of an index."""
+    if checkpoint.weight_map is None:
+        return checkpoint.paths, None
+    _checkpoint.check(checkpoint)
+    names = {"all_checkpoint_keys": list(checkpoint.weight_map), "weight_map": dict(checkpoint.weight_map)}
+    return checkpoint.paths, {**(checkpoint.metadata or {}), **names}
 
 
-def _sharded(files: list[str], index: dict[str, Any], weight_map: dict[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """The files, and what transformers' get_checkpoint_shard_files makes of an index. Corrupt where they do not hold
-    what the index says, so that no model is ever loaded in part."""
-    file_of: dict[str, str] = {}
-    for file in files:
-        with Reader(file) as reader:
-            for tensor in reader.tensors:
-                if tensor.name in file_of:
-                    raise errors.Corrupt(
-                        f"{file}: tensor {tensor.name!r} is in {file_of[tensor.name]} of this model too"
-                    )
-                file_of[tensor.name] = os.path.basename(file)
-    hub.check_index({"weight_map": weight_map}, os.path.join(os.path.dirname(files[0]), hub.INDEX_NAME), file_of)
-    metadata = {**index.get("metadata", {}), "all_checkpoint_keys": list(weight_map), "weight_map": dict(weight_map)}
-    return files, metadata
-
-
-def _local_weights(folder: str, variant: str | None) -> tuple[list[str], dict[str, Any] | None] | None:
-    """The `.bs` files of a model in a folder and, of shards, the metadata; None where the folder has none."""
-    index_path = os.path.join(folder, hub.INDEX_NAME)
-    if os.path.isfile(index_path):
-        index = hub.read_index(index_path)
-        weight_map = _shard_map(index, index_path, variant)
-        if weight_map:
-            files = [os.path.join(folder, shard) for shard in sorted(set(weight_map.values()))]
-            for file in files:
-                if not os.path.isfile(file):
-                    raise errors.FileMissing(
-                        errno.ENOENT, f"{file}: {hub.INDEX_NAME} lists this shard, which is missing", file
-                    )
-            return _sharded(files, index, weight_map)
-    single = os.path.join(folder, _weights_name(_SINGLE, variant))
-    return ([single], None) if os.path.isfile(single) else None
-
-
-def _hub_weights(
-    repo: str, variant: str | None, options: dict[str, Any]
-) -> tuple[list[str], dict[str, Any] | None] | None:
-    """The same of a repository, in the Hub's cache."""
+def _hub_weights(repo: str, variant: str | None, options: dict[str, Any]) -> _Resolved | None:
+    """The `.bs` files of a repository, in the Hub's cache; None where it has none."""
     from transformers.utils.hub import cached_file, cached_files
 
     quiet = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False}
-    index_path = cached_file(repo, hub.INDEX_NAME, **options, **quiet)
-    if index_path is not None:
-        index = hub.read_index(index_path)
-        weight_map = _shard_map(index, f"{repo}/{hub.INDEX_NAME}", variant)
+    path = cached_file(repo, hub.INDEX_NAME, **options, **quiet)
+    if path is not None:
+        index = hub.read_index(path)
+        weight_map = _checkpoint.weight_map(index, path, _STEM, variant)
         if weight_map:
             files = cached_files(repo, sorted(set(weight_map.values())), **options)
-            return _sharded(list(files), index, weight_map)
-    single = cached_file(repo, _weights_name(_SINGLE, variant), **options, **quiet)
-    return None if single is None else ([single], None)
+            return _resolved(Checkpoint(list(files), path, weight_map, index["metadata"]))
+    file = cached_file(repo, _checkpoint.file_name(_STEM, variant, ".bs"), **options, **quiet)
+    return None if file is None else ([file], None)
 
 
 _DOWNLOAD_OPTIONS = (
@@ -295,12 +256,14 @@ def _wrap_resolve(original: Callable[..., Any]) -> Callable[..., Any]:
         given = {**call, **(call.get("download_kwargs") or {})}
         options = {option: given[option] for option in _DOWNLOAD_OPTIONS if given.get(option) is not None}
         options["_commit_hash"] = given.get("commit_hash")
-        safetensors = [_weights_name(n, variant) for n in ("model.safetensors", "model.safetensors.index.json")]
+        suffixes = (".safetensors", ".safetensors.index.json")
+        safetensors = [_checkpoint.file_name(_STEM, variant, suffix) for suffix in suffixes]
         if os.path.isdir(name):
             folder = os.path.join(name, options.get("subfolder", ""))
             if any(os.path.isfile(os.path.join(folder, file)) for file in safetensors):
                 return original(*args, **kwargs)
-            return _local_weights(folder, variant) or original(*args, **kwargs)
+            found = _checkpoint.find(folder, _STEM, variant)
+            return original(*args, **kwargs) if found is None else _resolved(found)
         if os.path.isfile(os.path.join(options.get("subfolder", ""), name)):
             return original(*args, **kwargs)
         if safe:  # the original would now ask the Hub's converter for safetensors
@@ -314,12 +277,12 @@ def _wrap_resolve(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(*args, **kwargs)
         except OSError:
-            found = None
+            ours = None
             with contextlib.suppress(OSError):  # no network, no access: then the original's error says it better
-                found = _hub_weights(name, variant, options)
-            if found is None:
+                ours = _hub_weights(name, variant, options)
+            if ours is None:
                 raise
-            return found
+            return ours
 
     return resolve
 
@@ -337,25 +300,27 @@ def _wrap_load_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         files = call.arguments.get("checkpoint_files") or []
         if call.arguments.get("state_dict") is not None or not _has_bs(files):
             return original(*args, **kwargs)
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        config = call.arguments["load_config"]
-        quantizer = getattr(config, "hf_quantizer", None)
-        _refuse_torchao(quantizer, files)
-        if is_deepspeed_zero3_enabled() and quantizer is None:  # it wants real tensors, by load_state_dict
-            return original(*args, **kwargs)
-        call.arguments["state_dict"] = _lazy_tensors(files)
+        _refuse_torchao(call.arguments["model"].config, files[0])
+        if not _zero3():  # else it calls load_state_dict
+            call.arguments["state_dict"] = _lazy_tensors(files)
         return original(*call.args, **call.kwargs)
 
     return load_pretrained_model
 
 
-def _refuse_torchao(quantizer: Any, files: Sequence[str]) -> None:
-    """A checkpoint that torchao quantised keeps in its safetensors metadata how to put tensors together."""
-    if quantizer is not None and getattr(quantizer, "pre_quantized", False) and "TorchAo" in type(quantizer).__name__:
+def _refuse_torchao(config: Any, path: str) -> None:
+    """Unsupported for a checkpoint that torchao quantised: what its tensors are stands in safetensors metadata that
+    transformers reads by itself."""
+    quantization = getattr(config, "quantization_config", None)
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", "")
+    )
+    if str(getattr(method, "value", method)) == "torchao":
         raise errors.Unsupported(
-            f"{files[0]}: transformers loads models that torchao quantised from safetensors only: "
-            "restore them with `bigsmall decompress` first"
+            f"{path}: transformers loads models that torchao quantised from safetensors only: restore them with "
+            "`bigsmall decompress` first"
         )
 
 
@@ -366,9 +331,7 @@ def _wrap_load_shard(original: Callable[..., Any]) -> Callable[..., Any]:
         file = args[0]
         if not file or not _has_bs([file]):
             return original(args)
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        if is_deepspeed_zero3_enabled():
+        if _zero3():
             return original(args)
         return original(("", _lazy_tensors([file]), *args[2:]))
 
