@@ -190,13 +190,16 @@ func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if names = index.unlisted(dir); len(names) > 0 {
+		return names, &shardIndex{}, inFile(allNumbers(names), dir)
+	}
 	for _, s := range index.shards() {
 		if filepath.Base(s) != s || s == ".." || s == "." {
 			return nil, nil, &Error{Status: Corrupt, File: filepath.Join(dir, IndexName), Msg: fmt.Sprintf("shard %q is no plain file name", s)}
 		}
 		names = append(names, filepath.Join(dir, s))
 	}
-	return names, index, nil
+	return names, index, inFile(allNumbers(names), dir)
 }
 
 // numbered matches the names of shards, which say of how many they are one: model-00002-of-00005.bs.

@@ -67,6 +67,33 @@ func (x *shardIndex) shards() []string {
 	return values(x.WeightMap)
 }
 
+// unlisted are the plain weights of a folder, where the index is one of variants only: the `.bs` files that no index lists.
+func (x *shardIndex) unlisted(dir string) (names []string) {
+	listed := map[string]bool{}
+	for _, s := range x.Metadata.Sources {
+		if strings.HasSuffix(s.Name, sourceExt+".index.json") {
+			return nil
+		}
+		shards, err := s.shards()
+		if err != nil {
+			return nil
+		}
+		for _, shard := range shards {
+			listed[strings.TrimSuffix(shard, sourceExt)+ourExt] = true
+		}
+	}
+	all, err := os.ReadDir(dir)
+	if err != nil || len(listed) == 0 {
+		return nil
+	}
+	for _, e := range all {
+		if name := e.Name(); strings.HasSuffix(name, ourExt) && !strings.HasPrefix(name, ".") && !listed[name] {
+			names = append(names, filepath.Join(dir, name))
+		}
+	}
+	return names
+}
+
 func parseIndex(text []byte) (*shardIndex, error) {
 	x := &shardIndex{}
 	if err := json.Unmarshal(text, x); err != nil {

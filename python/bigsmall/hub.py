@@ -10,19 +10,15 @@ import errno
 import glob
 import inspect
 import json
-import mmap
 import os
 import re
-import sys
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Union
 
 from bigsmall import errors
-from bigsmall.reader import Reader, Span
+from bigsmall.reader import Reader
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +42,7 @@ def is_repo_id(path_or_repo: Path) -> bool:
     if not isinstance(path_or_repo, str):
         if os.path.exists(path_or_repo):
             return False
-        raise _not_found(os.fsdecode(path_or_repo), "there is no such file or directory")
+        raise not_found(os.fsdecode(path_or_repo), "there is no such file or directory")
     name = path_or_repo
     if name.startswith(_PREFIX):
         if _REPO_ID.fullmatch(name[len(_PREFIX) :]):
@@ -57,15 +53,15 @@ def is_repo_id(path_or_repo: Path) -> bool:
     owner = name.split("/")[0]
     if not _REPO_ID.fullmatch(name):
         hint = f"; for a repository on the Hub write {_PREFIX}owner/name" if "/" not in name.strip("/") else ""
-        raise _not_found(name, f"there is no such file or directory{hint}")
+        raise not_found(name, f"there is no such file or directory{hint}")
     if name.lower().endswith(_FILE_SUFFIXES) or os.path.isdir(owner):
-        raise _not_found(
+        raise not_found(
             name, f"there is no such file or directory; if a repository on the Hub is meant, write {_PREFIX}{name}"
         )
     return True
 
 
-def _not_found(path: str, why: str) -> errors.FileMissing:
+def not_found(path: str, why: str) -> errors.FileMissing:
     return errors.FileMissing(errno.ENOENT, f"{path}: {why}", path)
 
 
@@ -136,8 +132,10 @@ def no_bar() -> Any:
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """What huggingface_hub raises becomes an error that says what to do."""
+def hub_errors(
+    repo: str, revision: str | None, *, file: str = "", right: str = "the right to read there"
+) -> Iterator[None]:
+    """What huggingface_hub raises becomes an error that says what to do, and names the `file` where it is about one."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -148,7 +146,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         # An upload's failure is wrapped once more.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        at = f"{constants.ENDPOINT}/{repo}"
+        at = file or f"{constants.ENDPOINT}/{repo}"
         log_in = "log in by `hf auth login`, set HF_TOKEN, or pass token="
         made: errors.BigSmallError
         if isinstance(cause, hub.HFValidationError):
@@ -163,6 +161,8 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             made = errors.FileMissing(errno.ENOENT, f"{at}: no such repo, or a private one; for that, {log_in}")
         elif isinstance(cause, hub.RevisionNotFoundError):
             made = errors.FileMissing(errno.ENOENT, f"{at} has no revision {revision!r}")
+        elif isinstance(cause, hub.EntryNotFoundError) and not isinstance(cause, hub.LocalEntryNotFoundError):
+            made = errors.FileMissing(errno.ENOENT, f"{at}: there is no such file in the repo")
         elif isinstance(cause, hub.LocalEntryNotFoundError):
             made = errors.FileMissing(errno.ENOENT, f"{at}: {' '.join(str(cause).split())}")
         elif isinstance(cause, hub.HfHubHTTPError) and cause.response.status_code == 401:
@@ -170,7 +170,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         elif isinstance(cause, hub.HfHubHTTPError) and cause.response.status_code == 403:
             made = errors.NotPermitted(
                 errno.EACCES,
-                f"{at}: the token may not do this: it needs the right to write there ({cause.server_message})",
+                f"{at}: the token may not do this: it needs {right} ({cause.server_message})",
             )
         elif isinstance(cause, hub.HfHubHTTPError):
             text = f"the Hub answered {cause.response.status_code}: {cause.server_message or cause}"
@@ -182,6 +182,20 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         else:
             raise
         raise made from error
+
+
+def commit_of(path_or_repo: Path, revision: str | None, token: str | bool | None) -> str | None:
+    """The commit that a repository's branch or tag is at now; `revision` itself where the Hub is not reached, since the
+    cache may serve."""
+    repo = repo_id(path_or_repo)
+    with hub_errors(repo, revision):
+        try:
+            sha: str | None = library().HfApi(token=token, **who()).model_info(repo, revision=revision).sha
+        except Exception as error:
+            if not is_network_failure(error):
+                raise
+            return revision
+    return sha
 
 
 # ---- into the Hub's cache ------------------------------------------------------------------------------------------
@@ -229,7 +243,7 @@ def local_path(
     found = os.path.join(at, folder.rstrip("/")) if folder else at
     if not os.path.isdir(found) or not any(name.endswith(".bs") for name in os.listdir(found)):
         where = "in the cache" if local_files_only else f"at revision {revision or 'main'}"
-        raise _not_found(f"{_PREFIX}{repo}/{folder}", f"this holds no .bs file {where}")
+        raise not_found(f"{_PREFIX}{repo}/{folder}", f"this holds no .bs file {where}")
     return found
 
 
@@ -258,6 +272,8 @@ def open_reader(
     if local_files_only or not is_repo_id(path_or_repo):
         path = local_path(path_or_repo, subfolder=subfolder, revision=revision, **hub_options)
         return Reader(path, base_path)
+    from bigsmall._ranges import Ranges
+
     repo, folder = repo_id(path_or_repo), _folder(subfolder)
     label = f"{_PREFIX}{repo}/{folder}"
     hub = library()
@@ -288,21 +304,23 @@ def open_reader(
             if "tqdm_class" in inspect.signature(hub.hf_hub_download).parameters:  # since 1.0
                 options["tqdm_class"] = no_bar()
             index = read_index(hub.hf_hub_download(repo, file, revision=info.sha, token=token, **options))
-            shards = shards_of(index, label + INDEX_NAME) or shards
+            plain = unlisted_of_variants(index, label + INDEX_NAME, shards)
+            if plain:
+                index, shards = None, plain
+            else:
+                shards = shards_of(index, label + INDEX_NAME) or shards
             for shard in shards:
                 if shard not in names:
-                    raise _not_found(
-                        label + shard, f"{INDEX_NAME} lists this shard, which the repository does not have"
-                    )
+                    raise not_found(label + shard, f"{INDEX_NAME} lists this shard, which the repository does not have")
         if not shards:
-            raise _not_found(label, f"this holds no .bs file at revision {info.sha}")
+            raise not_found(label, f"this holds no .bs file at revision {info.sha}")
         cached = [
             hub.try_to_load_from_cache(repo, folder + shard, cache_dir=cache_dir, revision=info.sha) for shard in shards
         ]
         if all(isinstance(path, str) for path in cached):
             return Reader(os.path.dirname(cached[0]), base_path)
         urls = [(shard, hub.hf_hub_url(repo, folder + shard, revision=info.sha)) for shard in shards]
-        ranges = _Ranges(label, repo, urls, hub.utils.build_hf_headers(token=token, **who()))
+        ranges = Ranges(label, repo, urls, hub.utils.build_hf_headers(token=token, **who()))
     reader = Reader.from_parts(ranges, base_path)
     if index is not None:
         check_index(index, label + INDEX_NAME, {t["name"]: t["file"] for t in reader.info()["tensors"]})
@@ -316,10 +334,19 @@ def base_of(base: Path, **hub_options: Any) -> str:
         return os.fsdecode(base)
     with contextlib.suppress(errors.FileMissing):
         return local_path(base, **hub_options)
-    with hub_errors(repo_id(base), None):
-        return snapshot(
-            repo_id(base), allow_patterns=["*.safetensors"], ignore_patterns=["*/*"], **hub_options, **who()
+    repo = repo_id(base)
+    with hub_errors(repo, None):
+        at = snapshot(
+            repo,
+            allow_patterns=["*.safetensors"],
+            ignore_patterns=["*/*"],
+            tqdm_class=no_bar(),
+            **hub_options,
+            **who(),
         )
+    if not any(name.endswith(".safetensors") for name in os.listdir(at)):
+        raise not_found(f"{_PREFIX}{repo}", "this holds neither .bs nor .safetensors files")
+    return at
 
 
 # ---- the index of shards -------------------------------------------------------------------------------------------
@@ -338,7 +365,7 @@ def parse_index(text: str, path: str) -> dict[str, Any]:
     """The same from its text; `path` is for messages."""
     try:
         index: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.Corrupt(f"{path} is no index: {error}") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -359,11 +386,30 @@ def parse_index(text: str, path: str) -> dict[str, Any]:
 
 def shards_of(index: dict[str, Any], path: str) -> list[str]:
     """The shards that the index lists, in their order. Corrupt where one is no plain file name."""
-    listed = index.get("metadata", {}).get("shards") or sorted(set(index["weight_map"].values()))
-    for shard in listed:
+    listed = index["metadata"].get("shards") or sorted(set(index["weight_map"].values()))
+    if not isinstance(listed, list):
+        raise errors.Corrupt(f"{path}: its list of shards is damaged")
+    check_names(listed, path)
+    return list(listed)
+
+
+def check_names(shards: Iterable[Any], path: str) -> None:
+    """Corrupt where a shard that an index lists is no plain file name, and so may lead out of the folder."""
+    for shard in shards:
         if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise errors.Corrupt(f"{path}: shard {shard!r} is no plain file name")
-    return list(listed)
+
+
+def unlisted_of_variants(index: dict[str, Any], path: str, files: Sequence[str]) -> list[str]:
+    """The plain weights of a folder whose index is one of variants only: those of its `.bs` files that no index lists.
+    A Reader of a directory finds them in the same way."""
+    listed: set[str] = set()
+    for source in index["metadata"].get("source_indexes") or ():
+        if source["name"].endswith(".safetensors.index.json"):
+            return []
+        for file in parse_index(source["text"], f"{path}: {source['name']}")["weight_map"].values():
+            listed.add(file.removesuffix(".safetensors") + ".bs")
+    return [file for file in files if file not in listed] if listed else []
 
 
 def check_index(index: dict[str, Any], path: str, file_of: dict[str, str]) -> None:
@@ -373,283 +419,6 @@ def check_index(index: dict[str, Any], path: str, file_of: dict[str, str]) -> No
             raise errors.Corrupt(
                 f"{path}: tensor {name!r} should be in {shard} and is not: the shard is of another model or version"
             )
-
-
-# ---- ranges --------------------------------------------------------------------------------------------------------
-
-# Of one request. Each is held twice for a moment, once by the HTTP library.
-_PIECE_BYTES = 4 << 20
-_CONNECTIONS = 8
-# What is read of a file to begin with: most headers fit, and the trailer with the section before it.
-_FIRST_BYTES = 256 << 10
-_LAST_BYTES = 64 << 10
-# Compressed bytes that stay when no call needs them, for slices of one tensor that follow each other.
-_KEPT_BYTES = 32 << 20
-_TIMEOUT_SECONDS = 30
-_TRIES = 5
-
-_PREAMBLE_BYTES = 10
-_MOST_HEADER_BYTES = 100_000_000
-
-
-class _Abandoned(Exception):
-    """Nobody waits for these bytes any more."""
-
-
-class _Wanted:
-    """Bytes that at least one call needs."""
-
-    def __init__(self) -> None:
-        self.users = 0
-        self.ready = threading.Event()
-        self.failure: BaseException | None = None
-
-
-class _Ranges:
-    """`.bs` files behind URLs, as Parts of a Reader. The memory of each is a private mapping as long as the file, of
-    which only pages that are written to exist; those of payloads that nobody needs are given back."""
-
-    def __init__(self, label: str, repo: str, urls: Sequence[tuple[str, str]], headers: dict[str, str]) -> None:
-        self.label = label
-        self._repo = repo
-        self._headers = headers
-        self._urls = [url for _, url in urls]
-        self._pid = os.getpid()
-        self._reset()
-        opened: list[Any] = [None] * len(urls)
-        self._opening = [(0, 0)] * len(urls)  # of each file, where what was read first ends, and what was last begins
-
-        def open_one(number: int) -> None:
-            opened[number], *ends = self._open(*urls[number])
-            self._opening[number] = (ends[0], ends[1])
-
-        _in_parallel(open_one, range(len(urls)), None)
-        self.files = [(name, memory) for (name, _), memory in zip(urls, opened)]
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted: dict[Span, _Wanted] = {}
-        self._idle: OrderedDict[Span, None] = OrderedDict()
-
-    def _open(self, name: str, url: str) -> tuple[mmap.mmap, int, int]:
-        """The memory of one file with all but its payloads in it, and perhaps some of them: all before one offset and
-        from another one on. What is wrong with the file the library says."""
-        where = self.label + name
-        first, size = self._get(url, where, 0, _FIRST_BYTES)
-        memory = _reserve(max(size, 1), where)
-        memory[: len(first)] = first
-        header_end = len(first)
-        if size >= _PREAMBLE_BYTES:
-            length = int.from_bytes(first[6:_PREAMBLE_BYTES], "little")
-            header_end = min(size, _PREAMBLE_BYTES + min(length, _MOST_HEADER_BYTES))
-        self._bring(url, where, memory, len(first), header_end, None)
-        try:
-            header = json.loads(bytes(memory[_PREAMBLE_BYTES:header_end]))
-            sections = min(header_end + int(section["offset"]) for section in header["sections"])
-        except (ValueError, LookupError, TypeError):
-            sections = size
-        begin = max(header_end, len(first))
-        tail = max(begin, min(sections, size - _LAST_BYTES), size - _MOST_HEADER_BYTES)
-        self._bring(url, where, memory, tail, size, None)
-        return memory, begin, tail
-
-    @contextlib.contextmanager
-    def hold(self, spans: Sequence[Span], stop: threading.Event | None = None) -> Iterator[None]:
-        """Parts.hold."""
-        if self._pid != os.getpid():  # a child of fork(): its locks may be taken for ever, and threads are gone
-            self._pid = os.getpid()
-            self._reset()
-        held: list[Span] = []
-        try:
-            todo = [span for span in dict.fromkeys(spans) if span.n_bytes and not self._came_with_opening(span)]
-            while todo:
-                mine: list[Span] = []
-                others: list[tuple[Span, _Wanted]] = []
-                with self._lock:
-                    for span in todo:
-                        wanted = self._wanted.get(span)
-                        if wanted is None:
-                            wanted = self._wanted[span] = _Wanted()
-                            if span in self._idle:
-                                del self._idle[span]
-                                wanted.ready.set()
-                            else:
-                                mine.append(span)
-                        wanted.users += 1
-                        held.append(span)
-                        if span not in mine:
-                            others.append((span, wanted))
-                if mine:
-                    self._fetch(mine, stop)
-                todo = []
-                for span, wanted in others:
-                    while not wanted.ready.wait(0.1):
-                        if stop is not None and stop.is_set():
-                            raise _Abandoned
-                    if isinstance(wanted.failure, Exception) and not isinstance(wanted.failure, _Abandoned):
-                        raise wanted.failure
-                    if wanted.failure is not None:  # another thread gave up: this one does not
-                        self._release([span])
-                        held.remove(span)
-                        todo.append(span)
-            yield
-        finally:
-            self._release(held)
-
-    def _came_with_opening(self, span: Span) -> bool:
-        begin, end = self._opening[span.file]
-        return span.offset + span.n_bytes <= begin or span.offset >= end
-
-    def _release(self, spans: Iterable[Span]) -> None:
-        with self._lock:
-            for span in spans:
-                wanted = self._wanted.get(span)
-                if wanted is None:
-                    continue
-                wanted.users -= 1
-                if wanted.users == 0:
-                    del self._wanted[span]
-                    if wanted.ready.is_set() and wanted.failure is None:
-                        self._idle[span] = None
-                    else:
-                        self._drop(span)
-            while sum(span.n_bytes for span in self._idle) > _KEPT_BYTES:
-                self._drop(self._idle.popitem(last=False)[0])
-
-    def _drop(self, span: Span) -> None:
-        """Gives memory back: whole pages only, since neighbours may be needed."""
-        first = -(-span.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (span.offset + span.n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > first and hasattr(mmap, "MADV_DONTNEED"):
-            self.files[span.file][1].madvise(mmap.MADV_DONTNEED, first, end - first)
-
-    def _fetch(self, spans: Sequence[Span], stop: threading.Event | None) -> None:
-        failure: BaseException | None = None
-        try:
-            runs: list[list[int]] = []  # file, offset, end: neighbours come together
-            for span in sorted(spans):
-                if runs and runs[-1][0] == span.file and runs[-1][2] == span.offset:
-                    runs[-1][2] += span.n_bytes
-                else:
-                    runs.append([span.file, span.offset, span.offset + span.n_bytes])
-            pieces = [
-                (file, at, min(at + _PIECE_BYTES, end))
-                for file, offset, end in runs
-                for at in range(offset, end, _PIECE_BYTES)
-            ]
-
-            def bring(piece: tuple[int, int, int]) -> None:
-                file, first, end = piece
-                name, memory = self.files[file]
-                self._bring(self._urls[file], self.label + name, memory, first, end, stop)
-
-            _in_parallel(bring, pieces, stop)
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            with self._lock:
-                for span in spans:
-                    wanted = self._wanted[span]
-                    wanted.failure = failure
-                    wanted.ready.set()
-
-    def _bring(
-        self, url: str, where: str, memory: mmap.mmap, first: int, end: int, stop: threading.Event | None
-    ) -> None:
-        while first < end:
-            if stop is not None and stop.is_set():
-                raise _Abandoned
-            data, size = self._get(url, where, first, min(end, first + _PIECE_BYTES))
-            if size != len(memory):
-                raise errors.Corrupt(f"{where}: the file had {len(memory)} bytes when it was opened and has {size} now")
-            memory[first : first + len(data)] = data
-            first += len(data)
-
-    def _get(self, url: str, where: str, first: int, end: int) -> tuple[bytes, int]:
-        """Bytes first .. end-1, fewer where the file ends before, and the size of the file."""
-        hub = library()
-        headers = {**self._headers, "Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
-        problem: object = "no answer"
-        for _ in range(_TRIES):
-            try:
-                with hub_errors(self._repo, None):
-                    response = hub.utils.http_backoff("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS)
-                    if response.status_code != 416:  # a file of 0 bytes has no first one
-                        hub.utils.hf_raise_for_status(response)
-            except errors.IOFailure as error:
-                if not is_network_failure(error.__cause__):
-                    raise
-                problem = error.__cause__
-                continue
-            if response.status_code == 416:
-                raise errors.Truncated(f"{where}: the file ends before byte {first}")
-            said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
-            if response.status_code != 206 or said is None or int(said.group(1)) != first:
-                raise errors.IOFailure(
-                    errno.EPROTO,
-                    f"{where}: the server does not serve parts of files; download the model first "
-                    "(bigsmall.from_pretrained without stream=True)",
-                )
-            data, size = bytes(response.content), int(said.group(3))
-            if len(data) == min(end, size) - first:
-                return data, size
-            problem = f"{len(data)} of {min(end, size) - first} bytes came"
-        raise errors.IOFailure(
-            errno.EIO, f"{where}: bytes {first} to {end} cannot be read, after {_TRIES} tries: {problem}"
-        )
-
-
-def _reserve(size: int, where: str) -> mmap.mmap:
-    """Memory of that size, of which nothing is used until it is written to."""
-    try:
-        if hasattr(mmap, "MAP_ANONYMOUS"):
-            no_reserve = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE
-            return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-        return mmap.mmap(-1, size)
-    except OSError as error:
-        raise errors.IOFailure(
-            error.errno or errno.ENOMEM,
-            f"{where}: no address space for its {size} bytes ({error.strerror}): download the model first",
-        ) from error
-
-
-def _in_parallel(work: Any, items: Sequence[Any] | range, stop: threading.Event | None) -> None:
-    """work(item) for every item, several at a time; the first failure ends it. The threads are daemons: an interrupted
-    program does not wait for the network."""
-    if len(items) <= 1:
-        for item in items:
-            work(item)
-        return
-    lock, rest, failures = threading.Lock(), iter(items), list[BaseException]()
-    idle = threading.Semaphore(0)
-
-    def run() -> None:
-        try:
-            while not failures and not (stop is not None and stop.is_set()):
-                with lock:
-                    item = next(rest, rest)
-                if item is rest:
-                    break
-                work(item)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            idle.release()
-
-    count = min(_CONNECTIONS, len(items))
-    for _ in range(count):
-        threading.Thread(target=run, name="bigsmall-range", daemon=True).start()
-    try:
-        for _ in range(count):
-            idle.acquire()
-    except BaseException as interrupted:
-        failures.append(interrupted)  # the threads end after the request they are at
-        raise
-    if failures:
-        raise failures[0]
-    if stop is not None and stop.is_set():
-        raise _Abandoned
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------
@@ -701,6 +470,8 @@ def from_pretrained(
     with reader:
         loaded = read(reader, reader.tensors, target, workers=workers, verify=verify, progress=progress)
         for alias, name in (reader.metadata() or {}).items():
-            if alias not in loaded and name in loaded:
+            # Of other metadata only what looks like two names of one parameter.
+            same_kind = alias.rpartition(".")[2] == name.rpartition(".")[2]
+            if alias not in loaded and name in loaded and same_kind:
                 loaded[alias] = loaded[name]
     return loaded

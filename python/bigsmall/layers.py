@@ -22,9 +22,12 @@ from bigsmall.reader import Destination, Reader, TensorInfo, split_by_bytes
 if TYPE_CHECKING:
     import torch
 
+# A number after one of these is a layer's.
+LAYER_WORDS = ("layers", "layer", "blocks", "block", "h")
+
 # The first of these in a name is the layer's number; what is numbered inside a layer (experts, T5's `layer`) is part
 # of it. Nine digits: more are no layer, and Python refuses to read very many.
-_LAYER = re.compile(r"(?:^|\.)(?P<stack>layers?|blocks?|h)\.(?P<number>0|[1-9][0-9]{0,8})(?=\.|$)")
+_LAYER = re.compile(rf"(?:^|\.)(?P<stack>{'|'.join(LAYER_WORDS)})\.(?P<number>0|[1-9][0-9]{{0,8}})(?=\.|$)")
 
 # A decode cannot be stopped midway, so this much is what a close or Ctrl-C waits for ...
 _STEP_BYTES = 128 << 20

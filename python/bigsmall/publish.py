@@ -11,19 +11,21 @@ from __future__ import annotations
 import errno
 import fnmatch
 import glob
+import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Union
+from typing import Any, NoReturn, Union
 
 from bigsmall import api, errors, hub
+from bigsmall.integrations import _checkpoint
 from bigsmall.reader import Reader
 from bigsmall.writer import mode_number
 
@@ -34,6 +36,9 @@ _OURS = ".bs"
 _INDEX = hub.INDEX_NAME
 _CARD = "README.md"
 _ATTRIBUTES = ".gitattributes"
+
+# Additions to a model, of peft and of diffusers, which read nothing but safetensors.
+_ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 # Exports for other programs: each is the whole model again.
 _EXPORTS = re.compile(
@@ -97,6 +102,7 @@ def compress_for_hub(
     repo_id: str | None = None,
     base_model: str | None = None,
     keep: str | Sequence[str] = (),
+    force: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: AnyPath | None = None,
@@ -105,27 +111,33 @@ def compress_for_hub(
 ) -> HubDirectory:
     """Compresses a model to a directory that is ready for the Hub.
 
-    repo_or_dir      : model directory, or Hub repo id, whose files are then downloaded to the Hub cache
-    output_dir       : the directory to write; one that an earlier call wrote is replaced, model card included
+    repo_or_dir      : model directory, taken as it is, or Hub repo id, whose files are then downloaded to the Hub cache
+    output_dir       : the directory to write; what an earlier call wrote for the same weights is replaced
     mode, workers    : as in `compress`
     repo_id          : where it will be published, for the example in the model card
     base_model       : repo id of the source where `repo_or_dir` is a directory, for the model card
     keep             : patterns (fnmatch, on paths such as "sub/x.bin") of files not to leave out
+    force            : replace an existing, non-empty target directory, whatever it holds
     revision         : branch, tag or commit of the repo
     token            : as in huggingface_hub: None for the stored one, False for none
     cache_dir        : of the Hub's downloads, None for the usual one
-    local_files_only : use only what the cache has
+    local_files_only : use only what the cache has, as with HF_HUB_OFFLINE=1: the whole repo, by the list of its files
+                       that snapshot_download leaves there
     progress         : show bars on standard error, where that is a terminal
 
     Every `X.safetensors` becomes `X.bs`, indexes become bigsmall.index.json, and every other file is copied, links
     followed, but for weights in other formats (PyTorch's pickles beside safetensors, ONNX, GGUF, Keras, ...) and second
     copies (`original/`, `consolidated*.safetensors`). Those are left out, and listed on standard error and in the
     result. README.md gets the metadata, the sizes and SHA-256 of the weights, and the original card below.
+    Adapters beside a model (`adapter_model.safetensors`, `pytorch_lora_weights.safetensors`) stay as they are, since
+    peft and diffusers read nothing else.
 
     The same source gives the same bytes. The source is only read; the directory appears whole or not at all.
-    Raises InvalidArgument where there are no safetensors files, where one directory lies within the other, or where
-    the source is compressed already; FileMissing for what does not exist, NotPermitted where the token does not
-    suffice, FilePresent where `output_dir` holds other files than those to be written, and what `compress` raises.
+    Raises InvalidArgument where there are no safetensors files or only an adapter, where one directory lies within the
+    other, or where the source is compressed already; FileMissing for what does not exist, and offline where a file of
+    the repo is not in the cache or the cache lacks the list of them; NotPermitted where the token does not suffice;
+    FilePresent where `output_dir` is a file, or without `force` holds anything but an earlier result for the same
+    weights, by their SHA-256, or where files appear in it meanwhile; and what `compress` raises.
     """
     hub.library()  # which brings yaml too; better missed now than after the work
     mode_number(mode)
@@ -144,22 +156,27 @@ def compress_for_hub(
     with _own_errors():
         split = _split(source, _walk(root, _NOT_OF_THE_MODEL), keep)
         left_out.update(split.left_out)
-        _replaceable(output, split)
+        replaces = _replaceable(output, split, force, lambda name: _sha256(split.files[split.source_of[name]]))
+        card = _card(split, root, base_model, repo_id or f"OWNER/{os.path.basename(output)}")
         if left_out:
             print(
                 f"left out, weights of other formats or second copies: {', '.join(sorted(left_out))}", file=sys.stderr
             )
         with _beside(output) as work:
-            stage, made = os.path.join(work, "source"), os.path.join(work, "made")
+            stage, made = os.path.join(work, "source"), os.path.join(work, _MADE)
             _stage(split, root, stage)
             try:
                 api.compress(stage, made, mode, workers, sha256=True, progress=progress)
             except errors.BigSmallError as error:
                 raise _with_paths(error, {stage: root, made: output}) from None
             result = HubDirectory(output, [_described(split, name, made) for name in split.weights], sorted(left_out))
-            _write(os.path.join(made, _CARD), _card(result, split, root, base_model, repo_id))
+            for name in split.adapters:
+                _copy(split.files[name], os.path.join(made, *name.split("/")))
+            _write(os.path.join(made, _CARD), card.text(result))
             _write(os.path.join(made, _ATTRIBUTES), _attributes(split.files.get(_ATTRIBUTES), made))
-            _take_place(made, output, work)
+            sums = {file.name: file.sha256 for file in result.files}
+            # Once more: hours may have passed.
+            _take_place(work, output, replaces and _replaceable(output, split, force, sums.__getitem__))
     return result
 
 
@@ -194,7 +211,7 @@ def upload_to_hub(
     folder = os.fsdecode(directory)
     with _own_errors():
         _check(folder)
-    with hub.hub_errors(repo_id, revision):
+    with hub.hub_errors(repo_id, revision, right="the right to write there"):
         client = hub.library().HfApi(token=token, **hub.who())
         if not create_pr:
             client.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -220,16 +237,23 @@ def upload_to_hub(
 
 @dataclass(frozen=True)
 class _Split:
-    """`files` are all that is used, by name; `weights` those of them to be compressed."""
+    """`files` are all that is used, by name; `weights` those of them to be compressed, `adapters` those that no program
+    could read then."""
 
     files: dict[str, str]
     weights: list[str]
+    adapters: list[str]
     left_out: list[str]
+
+    @property
+    def source_of(self) -> dict[str, str]:
+        """The names of the compressed files, and of what they are made."""
+        return {_compressed_name(name): name for name in self.weights}
 
     def targets(self) -> set[str]:
         """Every name that the output may have."""
         names = {name for name in self.files if name not in self.weights}
-        names.update(_compressed_name(name) for name in self.weights)
+        names.update(self.source_of)
         names.update(str(PurePosixPath(name).parent / _INDEX) for name in self.weights)
         return names | {_CARD, _ATTRIBUTES}
 
@@ -243,16 +267,22 @@ def _split(source: str, files: dict[str, str], keep: Sequence[str]) -> _Split:
     for name in files:
         if name.endswith(_OURS) or PurePosixPath(name).name == _INDEX:
             raise errors.InvalidArgument(f"{source} holds {name}: it is compressed already")
-    weights = {name for name in files if name.endswith(_WEIGHTS)}
+    adapters = {name for name in files if PurePosixPath(name).name in _ADAPTERS}
+    weights = {name for name in files if name.endswith(_WEIGHTS)} - adapters
     kept = {name for name in files if any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)}
     left_out = _second_copies(weights) - kept
+    if adapters and not weights:
+        raise errors.InvalidArgument(
+            f"{source} holds no model, only an adapter ({', '.join(sorted(adapters)[:5])}), which its library reads "
+            f"only as {_WEIGHTS}: publish it as it is"
+        )
     if not weights:
         other = sorted(name for name in files if _is_export(name) or name.endswith(_PICKLES))
         found = f"; its weights ({', '.join(other[:5])}) have to be converted first" if other else ""
         raise errors.InvalidArgument(f"{source} holds no {_WEIGHTS} file{found}")
     with_weights = {PurePosixPath(name).parent for name in weights - left_out}
     copies = {_family(name) for name in left_out}
-    for name in files.keys() - weights - kept:
+    for name in files.keys() - weights - adapters - kept:
         of = name[: -len(".index.json")] if name.endswith(".index.json") else name
         stem, suffix = os.path.splitext(of)
         in_export = bool(_EXPORT_FOLDERS.intersection(PurePosixPath(name).parts[:-1]))
@@ -261,11 +291,12 @@ def _split(source: str, files: dict[str, str], keep: Sequence[str]) -> _Split:
             _is_export(of)
             or openvino
             or (suffix in _PICKLES and (in_export or PurePosixPath(name).parent in with_weights))
+            or (suffix in _PICKLES and stem + _WEIGHTS in adapters)
             or (suffix == _WEIGHTS and _family(of) in copies)
         ):
             left_out.add(name)
     used = {name: files[name] for name in sorted(files) if name not in left_out}
-    return _Split(used, [name for name in used if name in weights], sorted(left_out))
+    return _Split(used, [name for name in used if name in weights], sorted(adapters), sorted(left_out))
 
 
 def _is_export(name: str) -> bool:
@@ -338,45 +369,102 @@ def _apart(root: str, output: str) -> None:
         )
 
 
-def _replaceable(output: str, split: _Split) -> None:
-    """Refuses to replace what this call could not have written."""
+def _replaceable(output: str, split: _Split, force: bool, sha256: Callable[[str], str]) -> bool:
+    """Whether the output is there and holds something, which may be replaced: FilePresent where it may not. `sha256`
+    tells that of the source of a compressed file."""
     if not os.path.lexists(output):
-        return
+        return False
     if not os.path.isdir(output):
         raise errors.FilePresent(errno.EEXIST, f"{output} exists and is no directory", output)
-    there, targets = set(_walk(output)), split.targets()
-    ours = {_compressed_name(name) for name in split.weights}
-    foreign = sorted(there - targets) if there & ours else sorted(there)
-    if foreign:
-        some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+    if not os.listdir(output):
+        return False
+    reason = None if force else _only_copy(output, split, sha256)
+    if reason is not None:
         raise errors.FilePresent(
-            errno.EEXIST, f"{output} holds other files ({some}): remove it, or choose another directory", output
+            errno.EEXIST,
+            f"{output} {reason}: remove it, choose another directory, or replace it by force=True",
+            output,
         )
+    return True
+
+
+def _only_copy(output: str, split: _Split, sha256: Callable[[str], str]) -> str | None:
+    """Why a directory may hold what is nowhere else; None where it is an earlier result for the same weights."""
+    there = _walk(output)
+    foreign = sorted(there.keys() - split.targets())
+    if foreign:
+        return f"holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})"
+    compressed = sorted(there.keys() & split.source_of.keys())
+    if not compressed or _CARD not in there or _CARD_BEGIN.encode() not in Path(there[_CARD]).read_bytes():
+        return f"holds other files, not those of compress_for_hub: there is no {_OURS} file or no {_CARD} of its own"
+    for name in compressed:
+        try:
+            known = api.info(there[name])["sha256"] == sha256(name)
+        except errors.IOFailure:
+            raise
+        except errors.BigSmallError as error:
+            return f"is no result of compress_for_hub, or a damaged one ({error})"
+        if not known:
+            return f"holds other weights than the source: the SHA-256 behind {name} differs"
+    for name in there.keys() & set(split.adapters):
+        if _sha256(there[name]) != _sha256(split.files[name]):
+            return f"holds other weights than the source: {name} differs"
+    return None
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# Within the directory beside the output: what is made, and meanwhile what it replaces.
+_MADE, _OLD = "made", "old"
 
 
 @contextmanager
 def _beside(output: str) -> Iterator[str]:
-    """A directory beside `output`, removed in the end."""
+    """A directory beside `output`, removed in the end, but never with the user's own files."""
     parent, name = os.path.split(output)
     if not os.path.isdir(parent):
         raise errors.FileMissing(errno.ENOENT, f"{parent}, where {name} is to be written, is no directory", parent)
     work = tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=parent)
     try:
         yield work
+    except BaseException as error:
+        if _half_replaced(work):
+            _say_where(os.path.join(work, _OLD), output, error)
+        raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not _half_replaced(work):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _half_replaced(work: str) -> bool:
+    """Whether the old directory was moved here, and the new one has not taken its place."""
+    return all(os.path.lexists(os.path.join(work, name)) for name in (_MADE, _OLD))
+
+
+def _say_where(old: str, output: str, error: BaseException) -> NoReturn:
+    text = f"{output} was not replaced, and what it held could not be put back: it is in {old}, move it back from there"
+    if isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt(text) from error
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+    raise errors.IOFailure(number, f"{text} ({error!r})", old) from error
 
 
 def _stage(split: _Split, root: str, stage: str) -> None:
-    """Makes a directory of links to the files that are used; the card and .gitattributes are written later."""
+    """Makes a directory of links to the files that are used; the others are written later."""
     os.mkdir(stage)
     os.chmod(stage, os.stat(root).st_mode & 0o777 | 0o700)  # which the output inherits
     for name, path in split.files.items():
-        if name in split.weights:
+        if name in split.weights or name in split.adapters:
             with open(path, "rb") as file:
                 if file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
                     raise errors.InvalidArgument(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull`")
-        elif name in (_CARD, _ATTRIBUTES):
+        if name in (_CARD, _ATTRIBUTES, *split.adapters):
             continue
         link = os.path.join(stage, *name.split("/"))
         os.makedirs(os.path.dirname(link), exist_ok=True)
@@ -410,8 +498,15 @@ def _write(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _copy(path: str, target: str) -> None:
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    shutil.copy(path, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _check(folder: str) -> None:
-    """Opens every `.bs` file below the folder, and every index with the shards that it lists."""
+    """Opens every `.bs` file below the folder, and every index with the shards that it lists of all variants."""
     if not os.path.isdir(folder):
         raise errors.FileMissing(errno.ENOENT, f"{folder} is no directory", folder)
     files = _walk(folder, _NOT_OF_THE_MODEL)
@@ -424,16 +519,28 @@ def _check(folder: str) -> None:
         # A delta's base is not needed: that it misses shows only once the rest was found right.
         with suppress(errors.WrongBase):
             Reader(os.path.dirname(path) if is_index else path).close()
+        if is_index:
+            with suppress(errors.WrongBase):
+                _checkpoint.check_folder(os.path.dirname(path))
 
 
-def _take_place(made: str, output: str, work: str) -> None:
-    old = os.path.join(work, "old")
+def _take_place(work: str, output: str, replaces: bool) -> None:
+    made, old = os.path.join(work, _MADE), os.path.join(work, _OLD)
+    if not replaces:
+        try:
+            os.rename(made, output)  # which replaces an empty directory and nothing else
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise errors.FilePresent(
+                errno.EEXIST, f"{output}: files appeared there while the model was compressed; they were kept", output
+            ) from None
+        return
     try:
-        if os.path.lexists(output):
-            os.rename(output, old)
+        os.rename(output, old)
         os.rename(made, output)
     except BaseException:
-        if os.path.lexists(old) and not os.path.lexists(output):
+        if _half_replaced(work):
             os.rename(old, output)
         raise
 
@@ -463,8 +570,47 @@ _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})\Z")
 _TAGS = ("bigsmall", "lossless", "compression")
 
 
-def _card(result: HubDirectory, split: _Split, root: str, base_model: str | None, repo_id: str | None) -> bytes:
-    """README.md: the metadata, what was done, and the original card, whose bytes stay as they are."""
+@dataclass(frozen=True)
+class _Card:
+    """What of the model card is known before the work: the metadata as YAML, how the source is called, the link to it,
+    the lines of the example, and the original's text."""
+
+    metadata: str
+    title: str
+    source: str
+    example: list[str]
+    body: str
+
+    def text(self, result: HubDirectory) -> bytes:
+        """README.md: the metadata, what was done, and the original card, whose bytes stay as they are."""
+        lines = [
+            _CARD_BEGIN,
+            f"# {self.title}, compressed without loss",
+            "",
+            f"The weights of {self.source}, compressed by BigSmall to {result.ratio_pct:.2f} % of their size.",
+            "Decompressed, they are the original files, byte for byte.",
+            "",
+            "```python",
+            *self.example,
+            "```",
+            "",
+            "`bigsmall.decompress(directory, target)` writes the original files and checks them against the SHA-256 "
+            "below.",
+            "",
+            "| file | original bytes | compressed bytes | percent | SHA-256 of the original |",
+            "|---|---:|---:|---:|---|",
+        ]
+        for file in result.files:
+            sizes = f"{file.source_bytes:,} | {file.compressed_bytes:,} | {file.ratio_pct:.2f}"
+            lines.append(f"| `{file.name}` | {sizes} | `{file.sha256}` |")
+        lines.append(f"| total | {result.source_bytes:,} | {result.compressed_bytes:,} | {result.ratio_pct:.2f} | |")
+        lines += [_CARD_END, ""]
+        body = "\n" + self.body.lstrip("\r\n") if self.body.strip() else ""
+        return ("\n".join([f"---\n{self.metadata}---", "", *lines]) + body).encode("utf-8", "surrogateescape")
+
+
+def _card(split: _Split, root: str, base_model: str | None, target: str) -> _Card:
+    """The card of a model that will be published as the repo `target`."""
     existing = split.files.get(_CARD)
     original = "" if existing is None else Path(existing).read_bytes().decode("utf-8", "surrogateescape")
     original = original.removeprefix("\ufeff")
@@ -476,31 +622,7 @@ def _card(result: HubDirectory, split: _Split, root: str, base_model: str | None
     title = base_model or os.path.basename(os.path.realpath(root))
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else title
     at = f" at commit `{snapshot[2]}`" if snapshot else ""
-    target = repo_id or f"OWNER/{os.path.basename(result.path)}"
-    lines = [
-        _CARD_BEGIN,
-        f"# {title}, compressed without loss",
-        "",
-        f"The weights of {of}{at}, compressed by BigSmall to {result.ratio_pct:.2f} % of their size.",
-        "Decompressed, they are the original files, byte for byte.",
-        "",
-        "```python",
-        *_example(split, target),
-        "```",
-        "",
-        "`bigsmall.decompress(directory, target)` writes the original files and checks them against the SHA-256 below.",
-        "",
-        "| file | original bytes | compressed bytes | percent | SHA-256 of the original |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for file in result.files:
-        sizes = f"{file.source_bytes:,} | {file.compressed_bytes:,} | {file.ratio_pct:.2f}"
-        lines.append(f"| `{file.name}` | {sizes} | `{file.sha256}` |")
-    lines.append(f"| total | {result.source_bytes:,} | {result.compressed_bytes:,} | {result.ratio_pct:.2f} | |")
-    lines += [_CARD_END, ""]
-    front, body_text = _metadata(data, base_model), body.lstrip("\r\n")
-    text = "\n".join([f"---\n{front}---", "", *lines]) + (f"\n{body_text}" if body.strip() else "")
-    return text.encode("utf-8", "surrogateescape")
+    return _Card(_metadata(data, base_model), title, of + at, _example(split, target), body)
 
 
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
@@ -519,7 +641,7 @@ def _front_matter(text: str) -> tuple[dict[str, Any], str]:
     match = _FRONT_MATTER.match(text)
     try:
         data = yaml.load(match[1], loader) if match else None
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # of many kinds: a KeyError for "!!bool x", a RecursionError for too many brackets
         data = None
     if match is None or not isinstance(data, dict):
         return {}, text
@@ -534,11 +656,11 @@ def _metadata(original: dict[str, Any], base_model: str | None) -> str:
     if base_model is not None:
         data["base_model"] = base_model
         data["base_model_relation"] = "quantized"  # the Hub's word for the same model in other bytes
-    data.update({key: value for key, value in original.items() if key not in (*data, "model-index", "tags")})
-    tags = original.get("tags") or []
-    tags = [tags] if isinstance(tags, str) else list(tags) if isinstance(tags, list) else []
-    library = original.get("library_name")
-    data["tags"] = list(dict.fromkeys([*tags, *([library] if library else []), *_TAGS]))
+    skip = (*data, "model-index", "tags")
+    data.update({key: value for key, value in original.items() if isinstance(key, str) and key not in skip})
+    tags = original.get("tags")
+    said = [*(tags if isinstance(tags, list) else [tags]), original.get("library_name")]
+    data["tags"] = list(dict.fromkeys([*(tag for tag in said if isinstance(tag, str) and tag), *_TAGS]))
     text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
     return text
 
@@ -601,8 +723,7 @@ def _download(
         else:
             found = hub.library().HfApi(token=token, **hub.who()).repo_info(repo_id, revision=revision)
             names = [file.rfilename for file in found.siblings]
-        unknown = offline and not names
-        left_out = set() if unknown else set(_split(repo_id, {name: name for name in names}, keep).left_out)
+        left_out = set(_split(repo_id, {name: name for name in names}, keep).left_out)
         root = hub.snapshot(
             repo_id,
             revision=revision,
@@ -613,17 +734,36 @@ def _download(
             tqdm_class=None if progress else hub.no_bar(),
             **hub.who(),
         )
+    # Where the network fails, older huggingface_hub is content with what the cache has.
+    missing = [name for name in names if name not in left_out and not os.path.isfile(os.path.join(root, name))]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise errors.FileMissing(
+            errno.ENOENT,
+            f"{repo_id}: the cache lacks {len(missing)} of its files ({some}): download it once more",
+            root,
+        )
     return root, left_out
 
 
 def _cached_names(repo_id: str, revision: str | None, cache_dir: AnyPath | None) -> list[str]:
-    """The repo's files where the cache has their list, which older huggingface_hub does not keep; else none."""
-    try:
-        from huggingface_hub import get_cached_repo_tree
+    """The repo's files, by the list that snapshot_download leaves in the cache. FileMissing where there is none: what
+    the cache has may be half a repo then, such as the weights that a program loaded, without a tokenizer."""
+    import huggingface_hub
+
+    if not hasattr(huggingface_hub, "get_cached_repo_tree"):
+        known = f"huggingface_hub {huggingface_hub.__version__} keeps none (a newer one does)"
+    else:
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    except ImportError:
-        return []
-    try:
-        return [file.path for file in get_cached_repo_tree(repo_id, revision=revision, cache_dir=cache_dir)]
-    except CachedRepoTreeNotFoundError:
-        return []
+
+        with suppress(CachedRepoTreeNotFoundError):
+            tree = huggingface_hub.get_cached_repo_tree(repo_id, revision=revision, cache_dir=cache_dir)
+            return [file.path for file in tree]
+        known = "the cache has none"
+    at = "" if revision is None else f", revision={revision!r}"
+    raise errors.FileMissing(
+        errno.ENOENT,
+        f"{repo_id}: no network, and no list of the repo's files, without which missing ones would not be noticed: "
+        f"{known}; call huggingface_hub.snapshot_download({repo_id!r}{at}) once with network, or give the directory of "
+        "a complete download instead of the repo's name",
+    )

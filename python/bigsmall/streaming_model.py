@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Callable, NamedTuple
 
 from bigsmall import errors, hub
-from bigsmall.layers import LayerName, StreamingLoader, layer_of, own_pages
+from bigsmall.layers import LAYER_WORDS, LayerName, StreamingLoader, layer_of, own_pages
 from bigsmall.reader import TensorInfo
 
 # isort: split
@@ -51,13 +51,17 @@ class StreamingModel:
         tokens = model.generate(**tokenizer("Once upon", return_tensors="pt"), max_new_tokens=20)
 
     Embeddings, final norm and head stay in memory. Each layer is decoded just before it runs, on a thread of its own
-    while the layer before it runs, and dropped right after: two layers are in memory at a time. Outputs are those of
-    the ordinary model, bit for bit.
+    while the layer before it runs, and dropped right after: two layers are in memory at a time.
+
+    The weights are those of the ordinary model, bit for bit. So are the outputs where its weights are as well aligned
+    in memory as these, to 64 bytes. Those that transformers maps from a `.safetensors` file may be aligned to their
+    elements only, for which some kernels add in another order: then last digits may differ.
 
     That has its price: every forward pass decodes all layers, and so does every token that `generate` makes. Larger
     batches and longer prompts share it; single tokens take as long as loading the model.
 
-    model  : the transformers model itself; its layers have data only while they run. It is for inference only
+    model  : the transformers model itself; its layers have data only while they run. It is for inference only. Whoever
+             calls it directly must not do so from two threads at once: it does not wait for other calls
     loader : the StreamingLoader that the layers come from
 
     Made by `from_pretrained`. Calls from several threads wait for each other. Works as a context manager, which closes
@@ -109,7 +113,9 @@ class StreamingModel:
 
         Raises what `StreamingLoader` raises; FileMissing where there is no config.json; NotFound where a parameter of
         the model is not in the checkpoint; InvalidArgument where a tensor has another shape; Unsupported for quantised
-        models and for those whose tensors transformers fuses or reshapes on loading (most mixtures of experts).
+        models, for those whose tensors transformers fuses or reshapes on loading (most mixtures of experts), for those
+        without layers that can be told by their names (see StreamingLoader), and for those that need code of their own
+        repository, which is never run.
         """
         where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         loader = StreamingLoader(
@@ -120,7 +126,7 @@ class StreamingModel:
                 where.update(subfolder=subfolder, revision=revision)
             directory = _directory(path_or_repo if config_dir is None else config_dir)
             config = _read_config(directory, where)
-            model = _skeleton(config, _dtype(dtype, config, loader.tensors))
+            model = _skeleton(config, _dtype(dtype, config, loader.tensors), directory)
             layers = _load_but_layers(model, loader)
             _read_generation_config(model, directory, where)
             return cls(model, loader, layers)
@@ -254,10 +260,25 @@ def _read_config(where: str, options: Mapping[str, Any]) -> Any:
             raise errors.FileMissing(
                 errno.ENOENT, f"{path}: there is no such file; name the directory that has it as config_dir", path
             )
-    config = AutoConfig.from_pretrained(where, **options)
+    with _no_custom_code(where):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise errors.Unsupported(f"{where}: StreamingModel does not run quantised models")
     return config
+
+
+@contextlib.contextmanager
+def _no_custom_code(where: str) -> Generator[None, None, None]:
+    """Around calls with trust_remote_code=False: with None, transformers would ask on the terminal."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise errors.Unsupported(
+            f"{where}: the model needs Python code of its repository, which StreamingModel does not run; a newer "
+            "transformers may have the model itself"
+        ) from error
 
 
 def _read_generation_config(model: Any, where: str, options: Mapping[str, Any]) -> None:
@@ -283,7 +304,7 @@ def _dtype(wanted: str | torch.dtype | None, config: Any, tensors: Sequence[Tens
     return dtype
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+def _skeleton(config: Any, dtype: torch.dtype, where: str) -> Any:
     """The model with all parameters on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -296,8 +317,8 @@ def _skeleton(config: Any, dtype: torch.dtype) -> Any:
     except ImportError:
         # transformers 5, which makes buffers anew after loading.
         on_meta = functools.partial(torch.device, "meta")
-    with torch.device("cpu"), on_meta():  # whatever torch.set_default_device says
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with _no_custom_code(where), torch.device("cpu"), on_meta():  # whatever torch.set_default_device says
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -305,11 +326,22 @@ def _skeleton(config: Any, dtype: torch.dtype) -> Any:
 def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, list[_Place]]:
     """Gives the model everything but the parameters of its layers. Returns where those go."""
     empty = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
-    sources = _sources(model, empty, loader)
     layers_of: dict[int, set[LayerName | None]] = {}
     for name, tensor in empty.items():
         layers_of.setdefault(id(tensor), set()).add(layer_of(name))
 
+    def streamed_layer(name: str) -> LayerName | None:
+        # What several layers share, or a layer and the rest, stays in memory.
+        layer = layer_of(name)
+        return layer if layer and layers_of[id(empty[name])] == {layer} and _runs_by_itself(model, layer) else None
+
+    if not any(map(streamed_layer, empty)):
+        raise errors.Unsupported(
+            f"{loader.path}: StreamingModel does not run {type(model).__name__}: it has no layers that are modules "
+            f"with a number after one of {', '.join(LAYER_WORDS)} in their names, so all of it would be in memory; "
+            "bigsmall.integrations.huggingface.from_pretrained loads it whole"
+        )
+    sources = _sources(model, empty, loader)
     layers: dict[LayerName, list[_Place]] = {}
     fixed: list[_Place] = []
     keep_in_fp32 = _kept_in_fp32(model, empty)
@@ -326,9 +358,8 @@ def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, lis
                 tensor = torch.nn.Parameter(tensor, requires_grad=False)
         module_name, _, leaf = name.rpartition(".")
         place = _Place(source, model.get_submodule(module_name), leaf, tensor)
-        layer = layer_of(name)
-        # What several layers share, or a layer and the rest, stays in memory.
-        if layer is not None and layers_of[id(empty[name])] == {layer} and _runs_by_itself(model, layer):
+        layer = streamed_layer(name)
+        if layer is not None:
             layers.setdefault(layer, []).append(place)
         else:
             fixed.append(place)

@@ -348,3 +348,43 @@ func TestMissingShardWithoutIndex(t *testing.T) {
 		lone.Close()
 	}
 }
+
+// Where only a variant is in shards, a directory still stands for its plain weights; an index that lists a part of numbered
+// shards is refused.
+func TestPlainWeightsBesideVariant(t *testing.T) {
+	r := rand.New(rand.NewPCG(8, 8))
+	dir := t.TempDir()
+	in := filepath.Join(dir, "in")
+	plain := f32(r, 100, .1)
+	write(t, filepath.Join(in, "model.safetensors"), safetensors([]tensor{{"a", "F32", []uint64{100}, plain}}, nil))
+	for i, name := range []string{"a", "b"} {
+		write(t, filepath.Join(in, fmt.Sprintf("model.fp16-0000%d-of-00002.safetensors", i+1)), safetensors([]tensor{{name, "F16", []uint64{8}, random(r, 16)}}, nil))
+	}
+	write(t, filepath.Join(in, "model.safetensors.index.fp16.json"), []byte(`{"metadata":{},"weight_map":{"a":"model.fp16-00001-of-00002.safetensors","b":"model.fp16-00002-of-00002.safetensors"}}`))
+	_, err := core.Compress(in, filepath.Join(dir, "out"), core.Options{}, nil)
+	require.NoError(t, err)
+	rd, err := core.Open(filepath.Join(dir, "out"), "")
+	require.NoError(t, err)
+	defer rd.Close()
+	require.Equal(t, 1, rd.Len())
+	dst := make([]byte, 400)
+	require.NoError(t, rd.Decode(0, dst, nil))
+	require.Equal(t, plain, dst)
+	_, err = core.Decompress(filepath.Join(dir, "out"), filepath.Join(dir, "back"), "", core.Options{}, nil)
+	require.NoError(t, err)
+	for _, name := range []string{"model.safetensors", "model.safetensors.index.fp16.json", "model.fp16-00002-of-00002.safetensors"} {
+		want, err := os.ReadFile(filepath.Join(in, name))
+		require.NoError(t, err)
+		got, err := os.ReadFile(filepath.Join(dir, "back", name))
+		require.NoError(t, err)
+		require.Equal(t, want, got, name)
+	}
+	require.NoError(t, os.Remove(filepath.Join(dir, "out", "model.bs")))
+	variant, err := core.Open(filepath.Join(dir, "out"), "")
+	require.NoError(t, err)
+	require.Equal(t, 2, variant.Len())
+	variant.Close()
+	write(t, filepath.Join(dir, "out", core.IndexName), []byte(`{"metadata":{"shards":["model.fp16-00001-of-00002.bs"]},"weight_map":{"a":"model.fp16-00001-of-00002.bs"}}`))
+	_, err = core.Open(filepath.Join(dir, "out"), "")
+	require.ErrorContains(t, err, "number 2 is missing")
+}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,7 +81,9 @@ def assert_same(model: Any, expected: Any) -> None:
         assert found[name].dtype == tensor.dtype, name
         assert found[name].device == tensor.device, name
         assert found[name].requires_grad == tensor.requires_grad, name
-        assert torch.equal(found[name], tensor), name
+        # torch cannot compare float8.
+        bits, wanted_bits = (t.view(torch.uint8) if t.itemsize == 1 else t for t in (found[name], tensor))
+        assert torch.equal(bits, wanted_bits), name
     assert not model.training
 
 
@@ -85,7 +92,9 @@ def assert_same_pipeline(pipeline: Any, expected: Any) -> None:
     assert pipeline.components.keys() == expected.components.keys()
     for name, component in expected.components.items():
         if isinstance(component, torch.nn.Module):
-            assert_same(pipeline.components[name], component)
+            found = pipeline.components[name]
+            assert_same(found, component)
+            assert getattr(found, "hf_device_map", None) == getattr(component, "hf_device_map", None), name
         else:
             assert type(pipeline.components[name]) is type(component), name
 
@@ -97,8 +106,8 @@ def plain(saved: Saved, **options: Any) -> Any:
 def test_import_is_light() -> None:
     code = """
 import sys
-from bigsmall.integrations import diffusion
-diffusion.diffusers_patches()
+from bigsmall.integrations import _diffusers_hook, diffusion
+_diffusers_hook.diffusers_patches()
 heavy = {"torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "numpy"} & sys.modules.keys()
 assert not heavy, heavy
 """
@@ -267,6 +276,7 @@ def test_class_and_dtypes(made: dict[str, Saved]) -> None:
     expected = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(saved.source, torch_dtype=chosen, **options)
     assert pipeline.unet.dtype == torch.bfloat16
     assert pipeline.vae.dtype == torch.float16
+    assert pipeline.unet.hf_device_map == {"": torch.device("cpu")}
     assert_same_pipeline(pipeline, expected)
 
 
@@ -276,16 +286,26 @@ def test_auto_class(made: dict[str, Saved]) -> None:
     assert_same_pipeline(pipeline, auto.from_pretrained(made["single"].source))
 
 
-@pytest.mark.parametrize("class_name", ["DiTTransformer2DModel", "Transformer2DModel"])
-def test_transformer_pipeline(class_name: str, tmp_path: Path) -> None:
-    """A transformer under its class, and under the name that diffusers gave several of them before."""
+@pytest.mark.parametrize(
+    ("class_name", "dtype"),
+    [
+        ("DiTTransformer2DModel", "bfloat16"),
+        ("Transformer2DModel", "bfloat16"),
+        ("DiTTransformer2DModel", "float8_e4m3fn"),
+    ],
+)
+def test_transformer_pipeline(class_name: str, dtype: str, tmp_path: Path) -> None:
+    """A transformer under its class, and under the name that diffusers gave several of them before. It has a buffer
+    that no file holds, which gets the dtype in another way where that is float8."""
     pipeline = diffusers.DiTPipeline(transformer=tiny_dit(), vae=tiny_vae(), scheduler=diffusers.DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "dit")
     for file in (tmp_path / "dit" / "model_index.json", tmp_path / "dit" / "transformer" / "config.json"):
         file.write_text(file.read_text().replace("DiTTransformer2DModel", class_name))
     diffusion.compress_diffusion(tmp_path / "dit", tmp_path / "dit-bs")
-    loaded = diffusion.load_pipeline(tmp_path / "dit-bs", dtype=torch.bfloat16)
-    expected = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "dit", torch_dtype=torch.bfloat16)
+    dtypes = {"transformer": getattr(torch, dtype), "default": torch.float16}
+    loaded = diffusion.load_pipeline(tmp_path / "dit-bs", dtype=dtypes)
+    expected = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "dit", torch_dtype=dtypes)
+    assert "pos_embed.pos_embed" not in expected.transformer.state_dict()
     assert type(loaded.transformer) is diffusers.DiTTransformer2DModel
     assert_same(loaded.transformer, expected.transformer)
     assert_same(loaded.vae, expected.vae)
@@ -304,6 +324,46 @@ def test_parts_that_load_by_themselves(made: dict[str, Saved], tmp_path: Path) -
         diffusion.load_pipeline(tmp_path / "multi-bs")
     given = diffusion.load_pipeline(tmp_path / "multi-bs", controlnet=nets)
     assert given.controlnet is nets
+
+
+@pytest.mark.parametrize("size", ["1GB", "8KB"])
+def test_language_model_as_text_encoder(size: str, made: dict[str, Saved], tmp_path: Path) -> None:
+    """It has a generation configuration beside its weights, whether they are one file or shards."""
+    source = Path(shutil.copytree(made["single"].source, tmp_path / "llm"))
+    shutil.rmtree(source / "text_encoder")
+    model = tiny_llm()
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=7, do_sample=True, top_k=3)
+    model.save_pretrained(source / "text_encoder", max_shard_size=size)
+    assert (len(list((source / "text_encoder").glob("*.safetensors"))) > 1) == (size == "8KB")
+    change_index(source, text_encoder=["transformers", "LlamaForCausalLM"])
+    diffusion.compress_diffusion(source, tmp_path / "llm-bs")
+    pipeline = diffusion.load_pipeline(tmp_path / "llm-bs")
+    expected = diffusers.DiffusionPipeline.from_pretrained(source)
+    assert_same_pipeline(pipeline, expected)
+    found = pipeline.text_encoder.generation_config
+    assert found.to_dict() == expected.text_encoder.generation_config.to_dict()
+    assert (found.max_new_tokens, found.top_k) == (7, 3)
+    assert pipeline.text_encoder.name_or_path == str(tmp_path / "llm-bs" / "text_encoder")
+
+
+def test_optional_component(made: dict[str, Saved], tmp_path: Path) -> None:
+    """One that the pipeline's class has None for, unless it is there."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=8,
+    )
+    source = Path(shutil.copytree(made["single"].source, tmp_path / "more"))
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(source / "image_encoder")
+    change_index(source, image_encoder=["transformers", "CLIPVisionModelWithProjection"])
+    diffusion.compress_diffusion(source, tmp_path / "more-bs")
+    expected = diffusers.DiffusionPipeline.from_pretrained(source)
+    assert expected.image_encoder is not None
+    assert_same_pipeline(diffusion.load_pipeline(tmp_path / "more-bs"), expected)
 
 
 def test_component_of_the_caller(made: dict[str, Saved], tmp_path: Path) -> None:
@@ -356,6 +416,62 @@ def test_two_threads(made: dict[str, Saved]) -> None:
     for dtype, pipeline in zip(dtypes, loaded):
         assert_same_pipeline(pipeline, plain(made["single"], torch_dtype=dtype))
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_while_another_thread_loads(made: dict[str, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+    load, packed = diffusion._load_components, made["single"].packed
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        loading.set()
+        assert go_on.wait(60)
+        return load(*args)
+
+    monkeypatch.setattr(diffusion, "_load_components", slow)
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(diffusion.load_pipeline, packed)
+        assert loading.wait(60)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                diffusion._load_components = load
+                diffusion.load_pipeline(packed)
+                code = 0
+            finally:
+                os._exit(code)
+        go_on.set()
+        loaded.result()
+    until = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hung")
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(done[1]) == 0
+
+
+def test_one_bar_for_each_model(made: dict[str, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several shards, decoded in several groups."""
+    bars: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def bar(label: str | None, total: int | None = None) -> Iterator[Any]:
+        if label is None:
+            yield None
+        else:
+            assert label not in bars
+            bars[label] = []
+            yield type("Bar", (), {"update": lambda self, n: bars[label].append(n)})()
+            assert sum(bars[label]) == total
+
+    monkeypatch.setattr(bigsmall._native, "bar", bar)
+    monkeypatch.setattr(diffusion, "_CAST_BYTES", 4096)
+    diffusion.load_pipeline(made["sharded"].packed, progress=True, dtype={"unet": torch.float16})
+    assert bars.keys() == {"loading unet", "loading vae"}
+    assert all(len(updates) > 1 for updates in bars.values())
 
 
 def test_no_second_copy(made: dict[str, Saved], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +530,97 @@ def test_old_names_and_ignored_tensors(made: dict[str, Saved], tmp_path: Path, m
 
 def shard(folder: Path, network: str = "unet") -> Path:
     return sorted(file for file in (folder / network).glob("*.bs") if "fp16" not in file.name)[-1]
+
+
+def change_index(folder: Path, **entries: Any) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **entries}))
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> tuple[str, Path]:
+    """Code, and the file that it makes where it runs."""
+    ran = tmp_path / "ran"
+    return f"open({str(ran)!r}, 'w')\nfrom diffusers import UNet2DConditionModel as X\n", ran
+
+
+def test_entries_that_the_pipeline_does_not_have(
+    made: dict[str, Saved], evil: tuple[str, Path], tmp_path: Path
+) -> None:
+    """They are left alone: nothing is imported, read or decoded."""
+    folder = made["single"].copy(tmp_path / "packed")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "evil.py").write_text(evil[0])
+    shutil.copytree(folder / "unet", folder / "unet_2")
+    (folder / "unet_2" / "diffusion_pytorch_model.bs").write_bytes(b"not read")
+    unet = ["diffusers", "UNet2DConditionModel"]
+    strange = {
+        "a": ["this", "X"], "b": ["diffusers", "Nope"], "c": [3, "X"], str(tmp_path / "elsewhere"): ["evil", "X"],
+        "../packed/vae": unet, "unet_2": unet,
+    }  # fmt: skip
+    change_index(folder, **strange)
+    assert_same_pipeline(diffusion.load_pipeline(folder), plain(made["single"]))
+    assert "this" not in sys.modules
+    assert not evil[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "entries", "said"),
+    [
+        ("unet/evil.py", {"unet": ["evil", "X"]}, "evil.*trust_remote_code"),
+        ("scheduler/evil.py", {"scheduler": ["evil", "X"]}, "evil.*trust_remote_code"),
+        ("evil.py", {"_class_name": ["evil", "X"]}, "evil.*trust_remote_code"),
+        ("None.py", {}, "None.*trust_remote_code"),
+        ("evil.py", {"unet": ["../evil", "X"]}, "unet.*evil.*no name of a library"),
+        ("evil.py", {"unet": ["this", "X"]}, "unet.*'this'"),
+        ("evil.py", {"unet": ["diffusers", "Nope"]}, "unet.*Nope"),
+        ("evil.py", {"unet": [3, "X"]}, "unet.*3"),
+        ("evil.py", {"unet": "diffusers"}, "unet.*diffusers"),
+        ("evil.py", {"_class_name": "Nope"}, "Nope"),
+        ("evil.py", {"_class_name": "utils"}, "utils"),
+        ("evil.py", {"_class_name": ["nowhere", "X"]}, "nowhere"),
+        ("evil.py", {"_class_name": None}, "_class_name"),
+    ],
+)
+def test_what_a_pipeline_names(
+    code: str, entries: dict[str, Any], said: str, made: dict[str, Saved], evil: tuple[str, Path], tmp_path: Path
+) -> None:
+    """No code of it runs, and no library is imported, unless the caller says so."""
+    folder = made["single"].copy(tmp_path / "packed")
+    (folder / code).write_text(evil[0])
+    change_index(folder, **entries)
+    with pytest.raises((errors.Unsupported, errors.InvalidArgument), match=said):
+        diffusion.load_pipeline(folder)
+    if "unet" in entries:  # diffusers 0.35 imports the library of what it is given
+        with contextlib.suppress(errors.Unsupported, errors.InvalidArgument):
+            diffusion.load_pipeline(folder, unet=tiny_unet())
+    assert "this" not in sys.modules
+    assert not evil[1].exists()
+
+
+def test_trusted_code(made: dict[str, Saved], evil: tuple[str, Path], tmp_path: Path) -> None:
+    """A pipeline and a scheduler of its own; the former loads another pipeline while it is loaded."""
+    saved = made["single"]
+    folder = saved.copy(tmp_path / "packed")
+    (folder / "mine.py").write_text(
+        "from diffusers import StableDiffusionPipeline\nfrom bigsmall.integrations import diffusion\n"
+        "class Mine(StableDiffusionPipeline):\n"
+        f"    inner = diffusion.load_pipeline({str(saved.packed)!r})\n"
+    )
+    steps = "from diffusers import DDIMScheduler\nclass Steps(DDIMScheduler): pass\n"
+    (folder / "scheduler" / "mine.py").write_text(steps)
+    change_index(folder, _class_name=["mine", "Mine"], scheduler=["mine", "Steps"])
+    pipeline = diffusion.load_pipeline(folder, trust_remote_code=True)
+    assert (type(pipeline).__name__, type(pipeline.scheduler).__name__) == ("Mine", "Steps")
+    expected = plain(saved)
+    for network in NETWORKS:
+        assert_same(getattr(pipeline, network), getattr(expected, network))
+        assert_same(getattr(pipeline.inner, network), getattr(expected, network))
+    # diffusers takes no component of another's code from its caller.
+    (folder / "unet" / "mine.py").write_text(evil[0])
+    change_index(folder, unet=["mine", "X"])
+    with pytest.raises(errors.Unsupported, match=r"unet.*install_hook"):
+        diffusion.load_pipeline(folder, trust_remote_code=True)
 
 
 def test_missing_shard(made: dict[str, Saved], tmp_path: Path) -> None:
@@ -657,7 +864,7 @@ def test_hook_single_file(made: dict[str, Saved]) -> None:
     model = diffusers.UNet2DConditionModel.from_single_file(
         str(saved.packed / "unet" / "diffusion_pytorch_model.bs"), config=str(saved.source), subfolder="unet"
     )
-    assert torch.equal(model.conv_in.weight, plain(saved).unet.conv_in.weight)
+    assert_same(model, plain(saved).unet)
 
 
 @pytest.mark.usefixtures("hooked")
@@ -686,6 +893,27 @@ def test_hook_damage(made: dict[str, Saved], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hooked")
+def test_index_that_was_cut(made: dict[str, Saved], tmp_path: Path) -> None:
+    """A source's index, as bigsmall.index.json keeps it, that lists one shard of several."""
+    folder = made["sharded"].copy(tmp_path / "packed")
+    path = folder / "unet" / "bigsmall.index.json"
+    index = json.loads(path.read_text())
+    for source in index["metadata"]["source_indexes"]:
+        text = json.loads(source["text"])
+        kept = min(text["weight_map"].values())
+        text["weight_map"] = {name: file for name, file in text["weight_map"].items() if file == kept}
+        source["text"] = json.dumps(text)
+    path.write_text(json.dumps(index))
+    for load in (
+        lambda: diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        lambda: diffusers.DiffusionPipeline.from_pretrained(folder),
+        lambda: diffusion.load_pipeline(folder),
+    ):
+        with pytest.raises(errors.Corrupt, match=r"unet.bigsmall\.index\.json.*different shards"):
+            load()
+
+
+@pytest.mark.usefixtures("hooked")
 def test_hook_leaves_others_alone(saved: Saved, tmp_path: Path) -> None:
     pipeline = plain(saved, variant="fp16")
     pipeline.unet.save_pretrained(tmp_path / "bin", safe_serialization=False)
@@ -701,18 +929,29 @@ def test_hook_leaves_others_alone(saved: Saved, tmp_path: Path) -> None:
 
 # For a process of its own, since huggingface_hub reads its settings when it is imported.
 PRELUDE = """
-import importlib, json, os, sys
+import functools, os, sys, urllib.error, urllib.request
 import torch, diffusers
 from bigsmall import errors
 from bigsmall.integrations import diffusion, huggingface
 
+@functools.lru_cache(None)
+def plain(folder, **options):
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+
 def same(pipeline, folder, **options):
-    expected = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+    expected = plain(folder, **options)
     assert pipeline.components.keys() == expected.components.keys()
     for name in ("unet", "vae", "text_encoder"):
         found, wanted = (p.components[name].state_dict() for p in (pipeline, expected))
         assert list(found) == list(wanted), name
         assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items()), name
+
+def mark(what):
+    # Leaves a line in the server's log.
+    try:
+        urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/mark/" + what)
+    except urllib.error.HTTPError:
+        pass
 
 def cached(repo):
     root = os.path.join(os.environ["HF_HUB_CACHE"], "models--" + repo.replace("/", "--"), "snapshots")
@@ -723,8 +962,9 @@ def cached(repo):
 """
 
 
-def test_repo(made: dict[str, Saved], tmp_path: Path) -> None:
-    """Plain and variant weights of a repo of `.bs`, and of one that has `.bs` in some folders; the cache offline."""
+def test_repos(made: dict[str, Saved], tmp_path: Path) -> None:
+    """By load_pipeline: plain and variant weights of a repo of `.bs`, and of one that has `.bs` in some folders; the
+    cache offline. Then by the hook, with which other repos see the requests that they see without it."""
     single, sharded = made["single"], made["sharded"]
     mixed = sharded.copy(tmp_path / "mixed")
     shutil.rmtree(mixed / "vae")
@@ -734,6 +974,8 @@ def test_repo(made: dict[str, Saved], tmp_path: Path) -> None:
         hub.add("me/single", single.packed)
         hub.add("me/sharded", sharded.packed, private=True)
         hub.add("me/mixed", mixed)
+        hub.add("me/plain", single.source)
+        hub.add("me/plain-sharded", sharded.source)
         code = (
             PRELUDE
             + """
@@ -759,44 +1001,35 @@ for wrong, kind in (("me/absent", OSError), ("me/single/unet", FileNotFoundError
         assert wrong in str(error), error
     else:
         raise AssertionError(wrong)
+
+def others(cache_dir):
+    mark(cache_dir)
+    diffusers.UNet2DConditionModel.from_pretrained("me/plain", subfolder="unet", cache_dir=cache_dir)
+    diffusers.AutoencoderKL.from_pretrained("me/plain-sharded", subfolder="vae", variant="fp16", cache_dir=cache_dir)
+    diffusers.DiffusionPipeline.from_pretrained("me/plain", cache_dir=cache_dir)
+    mark("end")
+
+others("without")
+huggingface.install_hook()
+others("with")
+load = diffusers.DiffusionPipeline.from_pretrained
+same(load("me/single", cache_dir="hook"), single)
+same(load("me/single", cache_dir="hook-variant", variant="fp16"), single, variant="fp16")
+for folder, variant in ((single, None), (sharded, None), (sharded, "fp16")):
+    options = {"subfolder": "unet", "variant": variant}
+    unet = diffusers.UNet2DConditionModel.from_pretrained(
+        "me/" + os.path.basename(folder), cache_dir="hook-unet", **options)
+    wanted = diffusers.UNet2DConditionModel.from_pretrained(folder, **options).state_dict()
+    assert all(torch.equal(unet.state_dict()[name], tensor) for name, tensor in wanted.items())
 """
         )
+        code = f"import os; os.chdir({str(tmp_path)!r})" + code
         run_script(code, single.source, sharded.source, env=hub.env(tmp_path / "home"))
-        assert all(token == "Bearer x" for _, path, _, token in hub.log if "sharded" in path)
-
-
-def test_repo_with_hook(made: dict[str, Saved], tmp_path: Path) -> None:
-    single, sharded = made["single"], made["sharded"]
-    code = (
-        PRELUDE
-        + """
-single, sharded, hook = sys.argv[1:]
-if hook:
-    huggingface.install_hook()
-    load = diffusers.DiffusionPipeline.from_pretrained
-    same(load("me/single"), single)
-    same(load("me/variant", variant="fp16"), single, variant="fp16")
-    for folder, variant in ((single, None), (sharded, None), (sharded, "fp16")):
-        repo = "me/" + os.path.basename(folder)
-        options = {"subfolder": "unet", "variant": variant}
-        unet = diffusers.UNet2DConditionModel.from_pretrained(repo, cache_dir=single + "-cache", **options)
-        wanted = diffusers.UNet2DConditionModel.from_pretrained(folder, **options).state_dict()
-        assert all(torch.equal(unet.state_dict()[name], tensor) for name, tensor in wanted.items())
-diffusers.UNet2DConditionModel.from_pretrained("me/plain", subfolder="unet")
-diffusers.AutoencoderKL.from_pretrained("me/plain-sharded", subfolder="vae", variant="fp16")
-diffusers.DiffusionPipeline.from_pretrained("me/plain")
-"""
-    )
-    requests = {}
-    for hook in ("", "hook"):
-        (tmp_path / f"with{hook}").mkdir()
-        with FakeHub(tmp_path / f"with{hook}") as hub:
-            hub.add("me/single", single.packed)
-            hub.add("me/variant", single.packed)
-            hub.add("me/sharded", sharded.packed)
-            hub.add("me/plain", single.source)
-            hub.add("me/plain-sharded", sharded.source)
-            run_script(code, single.source, sharded.source, hook, env=hub.env(tmp_path / f"home{hook}"))
-            requests[hook] = sorted(entry[:3] for entry in hub.log if "/plain" in entry[1])
-    assert requests[""]
-    assert requests["hook"] == requests[""]
+        log = [entry[:3] for entry in hub.log]
+    assert all(token == "Bearer x" for _, path, _, token in hub.log if "me/sharded" in path)
+    marks = [number for number, (_, path, _) in enumerate(log) if path.startswith("/mark/")]
+    without, _, hooked, end = marks
+    seen = sorted(log[without + 1 : marks[1]])
+    assert [log[number][1] for number in (without, hooked)] == ["/mark/without", "/mark/with"]
+    assert any("/plain-sharded/" in path for _, path, _ in seen)
+    assert sorted(log[hooked + 1 : end]) == seen

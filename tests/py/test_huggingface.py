@@ -491,6 +491,88 @@ def test_from_pretrained_delta(made: Made, tmp_path: Path) -> None:
         huggingface.from_pretrained(tmp_path / "delta", transformers.AutoModelForCausalLM)
 
 
+def test_from_pretrained_variant(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    plain, half = gpt2(), gpt2().to(torch.float16)
+    for sharded in (False, True):
+        source, target = tmp_path / f"s{sharded}", tmp_path / f"b{sharded}"
+        plain.save_pretrained(source)
+        half.save_pretrained(source, variant="fp16", max_shard_size="100KB" if sharded else "10GB")
+        bigsmall.compress(source, target)
+        load = huggingface.from_pretrained
+        Made(half, source, target).equals(load(target, transformers.GPT2LMHeadModel, variant="fp16", dtype="auto"))
+        if sharded:  # the folder's index is one of the variant only
+            Made(plain, source, target).equals(load(target, transformers.GPT2LMHeadModel, dtype="float32"))
+            assert {tensor.dtype for tensor in bigsmall.load(target).values()} == {torch.float32}
+        with pytest.raises(FileNotFoundError, match=r"model\.bf16\.bs.*variant"):
+            load(target, transformers.GPT2LMHeadModel, variant="bf16")
+
+
+def test_from_pretrained_refuses_what_it_cannot_do(made: Made) -> None:
+    cls = transformers.AutoModelForCausalLM
+    for options, text in (
+        ({"use_safetensors": False}, "pickles"),
+        ({"state_dict": {}}, "state_dict"),
+        ({"gguf_file": "x.gguf"}, "gguf_file"),
+        ({"stream": True, "variant": "fp16"}, "variant"),
+    ):
+        with pytest.raises(errors.InvalidArgument, match=text):
+            huggingface.from_pretrained(made.target, cls, **options)
+    with pytest.raises(errors.InvalidArgument, match="no class of a model"):
+        huggingface.from_pretrained(made.target, transformers.PreTrainedModel)
+
+
+def test_from_pretrained_offloads_to_disk(llama_sharded: Made, tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    places.update({"model.layers.0": "disk", "model.layers.1": "cpu"})
+    cls = transformers.AutoModelForCausalLM
+    options = {"device_map": places, "offload_folder": tmp_path / "off", "dtype": "auto"}
+    if not V5:
+        with pytest.raises(errors.Unsupported, match="install_hook"):
+            huggingface.from_pretrained(llama_sharded.target, cls, **options)
+        return
+    model = huggingface.from_pretrained(llama_sharded.target, cls, **options)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, cls.from_pretrained(llama_sharded.source, dtype="auto")(tokens).logits)
+
+
+@pytest.mark.usefixtures("hook")
+def test_accelerate_refuses_a_shard_of_another_model(llama_sharded: Made, tmp_path: Path) -> None:
+    from accelerate import load_checkpoint_in_model
+
+    shutil.copytree(llama_sharded.target, tmp_path / "m")
+    first, second, *_ = sorted((tmp_path / "m").glob("*.bs"))
+    shutil.copy(first, second)
+    for checkpoint in (tmp_path / "m", tmp_path / "m" / "bigsmall.index.json"):
+        with pytest.raises(errors.Corrupt, match=second.name):
+            load_checkpoint_in_model(llama().to(torch.bfloat16), str(checkpoint))
+
+
+def test_hook_while_another_thread_imports_transformers() -> None:
+    run_script("""
+import threading, time
+started = threading.Event()
+def imports():
+    started.set()
+    import transformers.modeling_utils
+thread = threading.Thread(target=imports)
+thread.start()
+started.wait()
+import bigsmall
+for _ in range(20):
+    bigsmall.install_hook()
+    time.sleep(0.05)
+    bigsmall.uninstall_hook()
+bigsmall.install_hook()
+thread.join()
+import transformers
+assert transformers.modeling_utils.load_state_dict.__wrapped__
+bigsmall.uninstall_hook()
+assert not hasattr(transformers.modeling_utils.load_state_dict, "__wrapped__")
+""")
+
+
 def test_mistyped_paths_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 

@@ -4,6 +4,7 @@ they may, and what the devices say that are not there."""
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import sys
@@ -610,39 +611,36 @@ def test_control_c_while_the_last_copies_are_under_way(reader, monkeypatch, fail
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_a_real_control_c(make) -> None:
     """On the ordinary device, at any time: KeyboardInterrupt, and the process goes on working."""
-    _, target = make({f"w{n}": ("BF16", (2 * BLOCK,), bfloat16(weights(n, 2 * BLOCK))) for n in range(8)})
-    code = f"""
-import os, signal, sys, threading, time
-import torch
-from bigsmall import placement
-from bigsmall import torch as bigsmall_torch
-from bigsmall.reader import Reader
+    tensors = {f"w{n}": ("BF16", (2 * BLOCK,), bfloat16(weights(n, 2 * BLOCK))) for n in range(8)}
+    _, target = make(tensors)
+    sending = threading.Event()
+    sent = []
 
-class Slow(placement.Device):
-    def send(self, buffer, chunk):
-        sending.set()
-        time.sleep(0.05)
-        super().send(buffer, chunk)
+    class Slow(placement.Device):
+        def send(self, buffer: torch.Tensor, chunk: placement.Chunk) -> None:
+            sent.append(chunk)
+            sending.set()
+            time.sleep(0.05)
+            super().send(buffer, chunk)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sending = threading.Event()
+    def interrupt() -> None:
+        sending.wait()
+        os.kill(os.getpid(), signal.SIGINT)
 
-def interrupt():
-    sending.wait()
-    os.kill(os.getpid(), {int(signal.SIGINT)})
-
-with Reader(sys.argv[1]) as reader:
-    into = {{tensor.name: bigsmall_torch.empty(tensor) for tensor in reader.tensors}}
-    threading.Thread(target=interrupt).start()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        placement.fill(reader, reader.tensors, Slow(into), buffer_bytes=100_000)
-    except KeyboardInterrupt:
-        pass
-    else:
-        raise SystemExit("no KeyboardInterrupt")
-    placement.fill(reader, reader.tensors, placement.Device(into), buffer_bytes=100_000, verify=True)
-"""
-    run_script(code, target)
+        with Reader(target) as reader:
+            into = destinations(reader)
+            helper = threading.Thread(target=interrupt)
+            helper.start()
+            with pytest.raises(KeyboardInterrupt):
+                placement.fill(reader, reader.tensors, Slow(into), buffer_bytes=100_000)
+            assert 0 < len(sent) < len(placement.plan(reader.tensors, 100_000))
+            placement.fill(reader, reader.tensors, placement.Device(into), buffer_bytes=100_000, verify=True)
+            helper.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    expect(tensors, into)
 
 
 def test_a_closed_reader(make) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -64,7 +65,7 @@ KEPT = [
     "original/params.json",
     "tokenizer.json",
 ]
-MADE = ["bigsmall.index.json", "model-00001-of-00002.bs", "model-00002-of-00002.bs", "sub/adapter_model.bs"]
+MADE = ["bigsmall.index.json", "model-00001-of-00002.bs", "model-00002-of-00002.bs", "sub/model.bs"]
 
 
 def write_files(folder, files) -> None:
@@ -87,7 +88,16 @@ def model(tmp_path):
     index = {"metadata": {"total_size": 1}, "weight_map": {t: name for name, shard in SHARDS.items() for t in shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "sub").mkdir()
-    write_safetensors(folder / "sub" / "adapter_model.safetensors", {"c": ("F32", (8,), weights(3, 8).tobytes())})
+    write_safetensors(folder / "sub" / "model.safetensors", {"c": ("F32", (8,), weights(3, 8).tobytes())})
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A model of one file, where only the card matters."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", {"x": ("F32", (8,), weights(3, 8).tobytes())})
     return folder
 
 
@@ -227,6 +237,39 @@ def test_second_copies(model, tmp_path) -> None:
     assert compress_for_hub(only, tmp_path / "out-only").left_out == []
 
 
+def test_adapters_stay_as_they_are(model, tmp_path) -> None:
+    adapters = ["adapter_model.safetensors", "lora/adapter_model.safetensors", "lora/pytorch_lora_weights.safetensors"]
+    (model / "lora").mkdir()
+    for name in adapters:
+        write_safetensors(model / name, {name: ("F32", (64,), weights(4, 64).tobytes())})
+    write_files(
+        model, {"lora/adapter_model.bin": b"the same", "lora/adapter_config.json": b"{}", "lora/other.bin": b"x"}
+    )
+    (model / adapters[0]).chmod(0o640)
+    output = tmp_path / "out"
+    result = compress_for_hub(model, output)
+    assert set(result.left_out) - set(LEFT_OUT) == {"lora/adapter_model.bin"}
+    assert [file.name for file in result.files] == MADE[1:]
+    assert sorted(tree(output)) == sorted([*KEPT, *MADE, *adapters, "lora/adapter_config.json", "lora/other.bin"])
+    for name in adapters:
+        assert (output / name).read_bytes() == (model / name).read_bytes()
+    assert (output / adapters[0]).stat().st_mode & 0o777 == 0o640
+    bigsmall.decompress(output, tmp_path / "restored")
+    assert weight_files(tmp_path / "restored") == weight_files(model)
+
+    write_safetensors(model / adapters[1], {"x": ("F32", (64,), weights(5, 64).tobytes())})
+    with pytest.raises(
+        FileExistsError, match=r"other weights than the source: lora/adapter_model\.safetensors differs"
+    ):
+        compress_for_hub(model, output)
+    lone = model / "lora"
+    with pytest.raises(errors.InvalidArgument, match=r"only an adapter \(adapter_model\.safetensors, pytorch_lora"):
+        compress_for_hub(lone, tmp_path / "lone")
+    (model / adapters[0]).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(errors.InvalidArgument, match="is a pointer of Git LFS"):
+        compress_for_hub(model, tmp_path / "pointer")
+
+
 # ---- the card --------------------------------------------------------------------------------------------------------
 
 
@@ -290,9 +333,9 @@ def test_card_of_what_was_compressed_before(model, tmp_path) -> None:
         b"\xef\xbb\xbf---\nlicense: mit\ntags: one\n---\nmarked\n",
     ],
 )
-def test_odd_cards(model, tmp_path, original: bytes) -> None:
-    (model / "README.md").write_bytes(original)
-    compress_for_hub(model, tmp_path / "out")
+def test_odd_cards(small, tmp_path, original: bytes) -> None:
+    (small / "README.md").write_bytes(original)
+    compress_for_hub(small, tmp_path / "out")
     made = (tmp_path / "out" / "README.md").read_bytes()
     readable = b"license: mit" in original
     assert made.endswith(original.split(b"---\n")[-1] if readable else original)
@@ -301,6 +344,43 @@ def test_odd_cards(model, tmp_path, original: bytes) -> None:
     assert data["library_name"] == "bigsmall"
     assert data.get("license") == ("mit" if readable else None)
     assert set(data["tags"]) == {"bigsmall", "lossless", "compression"} | ({"one"} if b"one" in original else set())
+
+
+@pytest.mark.parametrize(
+    ("front", "tags"),
+    [
+        ("tags: [{a: b}, one, 7, null, '']", ["one"]),
+        ("tags: [[x], two]\nlibrary_name: {a: b}", ["two"]),
+        ("tags: {a: b}\nlibrary_name: [a]", []),
+        ("tags: 3\nlibrary_name: peft", ["peft"]),
+        ("base_model: [a/b, {c: d}]\nwidget: [[x], {y: [z]}]\n7: seven", []),
+        ("a: !!bool x", None),
+        ("a: !!timestamp x", None),
+        ("a: " + "[" * 1000, None),
+    ],
+)
+def test_odd_metadata(small, tmp_path, front: str, tags: list[str] | None) -> None:
+    (small / "README.md").write_text(f"---\n{front}\n---\nbody\n")
+    compress_for_hub(small, tmp_path / "out")
+    card = load_card(tmp_path / "out" / "README.md")
+    assert card.data.to_dict()["tags"] == [*(tags or []), "bigsmall", "lossless", "compression"]
+    # What cannot be read as metadata stays as text.
+    assert card.text.endswith("\nbody\n" if tags is not None else f"\n---\n{front}\n---\nbody\n")
+
+
+def test_the_metadata_is_made_before_the_work(small, tmp_path, monkeypatch) -> None:
+    import yaml
+
+    def fails(*_, **__):
+        raise ValueError("this metadata")
+
+    def late(*_, **__):
+        raise AssertionError("compressed first")
+
+    monkeypatch.setattr(yaml, "safe_dump", fails)
+    monkeypatch.setattr(api, "compress", late)
+    with pytest.raises(ValueError, match="this metadata"):
+        compress_for_hub(small, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -317,9 +397,9 @@ def test_odd_cards(model, tmp_path, original: bytes) -> None:
         ),
     ],
 )
-def test_example_fits_the_model(model, tmp_path, name, contents, expected) -> None:
-    (model / name).write_text(contents)
-    compress_for_hub(model, tmp_path / "out")
+def test_example_fits_the_model(small, tmp_path, name, contents, expected) -> None:
+    (small / name).write_text(contents)
+    compress_for_hub(small, tmp_path / "out")
     example = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
     assert example
     compile(example[1], "README.md", "exec")
@@ -358,6 +438,92 @@ def test_other_files_are_not_replaced(model, tmp_path) -> None:
     (tmp_path / "mine" / "notes.txt").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=r"notes\.txt"):
         compress_for_hub(model, tmp_path / "mine")
+
+
+@pytest.fixture
+def other(model, tmp_path):
+    """A model with the same files, of which one tensor of the last shard is another."""
+    folder = tmp_path / "other"
+    shutil.copytree(model, folder)
+    name, tensors = list(SHARDS.items())[-1]
+    write_safetensors(folder / name, {key: ("BF16", (300, 64), bfloat16(weights(9, 300, 64))) for key in tensors})
+    return folder
+
+
+@pytest.mark.parametrize("how", ["compress", "compress with SHA-256", "for the Hub", "damaged", "no weights"])
+def test_only_an_earlier_result_is_replaced(model, other, tmp_path, monkeypatch, how: str) -> None:
+    output, fresh = tmp_path / "out", tmp_path / "fresh"
+    compress_for_hub(model, fresh)
+    for name in LEFT_OUT:
+        (other / name).unlink()
+    shutil.rmtree(other / ".git")
+    shutil.rmtree(other / ".cache")
+    if how.startswith("compress"):
+        shutil.copy(model / MADE[2].replace(".bs", ".safetensors"), other)  # the very same weights, but no card
+        bigsmall.compress(other, output, sha256="SHA" in how)
+    else:
+        compress_for_hub(other if how == "for the Hub" else model, output)
+    if how == "damaged":
+        (output / MADE[1]).write_bytes((output / MADE[1]).read_bytes()[:-9])
+    if how == "no weights":
+        for name in MADE:
+            (output / name).unlink()
+    shutil.rmtree(other)
+    before = state(output)
+    with monkeypatch.context() as patched:
+        patched.delattr(api, "compress")  # refused before the work
+        with pytest.raises(FileExistsError, match=r"(other|damaged).*replace it by force=True"):
+            compress_for_hub(model, output)
+    assert state(output) == before
+    compress_for_hub(model, output, force=True, repo_id="OWNER/fresh")
+    assert tree(output) == tree(fresh)
+    assert beside(output) == {"model", "out", "fresh"}
+
+
+def test_force(model, tmp_path) -> None:
+    output = tmp_path / "out"
+    write_files(output, {"notes.txt": b"mine", ".git/config": b"mine"})
+    (output / "broken").symlink_to("nowhere")
+    compress_for_hub(model, output, force=True)
+    assert sorted(tree(output)) == sorted([*KEPT, *MADE])
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(FileExistsError, match="exists and is no directory"):
+        compress_for_hub(model, tmp_path / "file", force=True)
+    with pytest.raises(errors.InvalidArgument, match="lie within each other"):
+        compress_for_hub(model, tmp_path, force=True)
+
+
+@pytest.mark.parametrize(
+    ("start", "appears", "force"),
+    [
+        ("missing", "out/notes.txt", False),
+        ("missing", "out/notes.txt", True),
+        ("missing", "out", False),  # a file
+        ("empty", "out/notes.txt", False),
+        ("empty", f"out/{MADE[2]}", True),
+        ("earlier", "out/notes.txt", False),
+        ("earlier", f"out/{MADE[2]}", False),
+    ],
+)
+def test_what_appears_meanwhile_is_kept(model, other, tmp_path, monkeypatch, start, appears, force) -> None:
+    output = tmp_path / "out"
+    if start == "empty":
+        output.mkdir()
+    if start == "earlier":
+        compress_for_hub(model, output)
+    bigsmall.compress(other / MADE[2].replace(".bs", ".safetensors"), tmp_path / "x.bs", sha256=True)
+    compress = api.compress
+
+    def meanwhile(*args, **options) -> None:
+        compress(*args, **options)
+        (tmp_path / appears).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "x.bs", tmp_path / appears)
+
+    monkeypatch.setattr(api, "compress", meanwhile)
+    with pytest.raises(FileExistsError, match=r"files appeared there|holds other"):
+        compress_for_hub(model, output, force=force)
+    assert (tmp_path / appears).read_bytes() == (tmp_path / "x.bs").read_bytes()
+    assert beside(output) == {"model", "other", "out", "x.bs"}
 
 
 def test_bad_sources(model, tmp_path) -> None:
@@ -424,6 +590,30 @@ def test_a_failure_leaves_what_was_there(model, tmp_path, monkeypatch, failure) 
     assert beside(output) == {"model", "out"}
 
 
+@pytest.mark.parametrize("second", [KeyboardInterrupt(), OSError(5, "broken disk")])
+def test_what_cannot_be_put_back_is_kept(model, tmp_path, monkeypatch, second) -> None:
+    output = tmp_path / "out"
+    compress_for_hub(model, output)
+    before = state(output)
+    rename = os.rename
+
+    def fails(src, dst) -> None:
+        if os.path.basename(src) in ("made", "old"):
+            raise KeyboardInterrupt if os.path.basename(src) == "made" else second
+        rename(src, dst)
+
+    monkeypatch.setattr(os, "rename", fails)
+    kind = KeyboardInterrupt if isinstance(second, KeyboardInterrupt) else errors.IOFailure
+    with pytest.raises(kind) as caught:
+        compress_for_hub(model, output)
+    assert not output.exists()
+    kept = re.search(r"it is in (\S+), move it back", str(caught.value))
+    assert kept
+    assert os.path.dirname(os.path.dirname(kept[1])) == str(tmp_path)
+    rename(kept[1], output)
+    assert state(output) == before
+
+
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
 
 ROUND_TRIP = """
@@ -441,9 +631,8 @@ bigsmall.decompress(path, work + "/restored")
 """
 
 
-@pytest.mark.parametrize("redirect", [False, True])
-def test_there_and_back(model, tmp_path, hub, redirect: bool) -> None:
-    hub.redirect = redirect
+def test_there_and_back(model, tmp_path, hub) -> None:
+    hub.redirect = True
     sha = hub.add("owner/source", model, private=True)
     before = state(model)
     said = run_script(ROUND_TRIP, tmp_path, "x", env=hub.env(tmp_path / "home", token=""))
@@ -467,7 +656,8 @@ def test_there_and_back(model, tmp_path, hub, redirect: bool) -> None:
 
 
 FAILURES = """
-import sys
+import os, sys
+from bigsmall import hub
 from bigsmall.publish import compress_for_hub, upload_to_hub
 from bigsmall.errors import BigSmallError
 
@@ -491,6 +681,14 @@ show(upload_to_hub, work + "/packed", "owner/public", token="reader")
 show(upload_to_hub, work + "/packed", "owner/new", token=True)
 show(upload_to_hub, work + "/packed", "owner/public", token="x", private=True)
 show(upload_to_hub, work + "/packed", "owner/no such name", token="x")
+
+def lost(repo, **options):  # older huggingface_hub, where the connection is lost after the list came
+    path = snapshot(repo, **options)
+    os.remove(path + "/tokenizer.json")
+    return path
+
+snapshot, hub.snapshot = hub.snapshot, lost
+show(compress_for_hub, "owner/public", work + "/out")
 """
 
 
@@ -518,6 +716,7 @@ def test_refusals_of_the_hub(model, tmp_path, hub) -> None:
         r"NotPermitted: .*owner/new: there is no token: .*",
         r"InvalidArgument: owner/public exists and is public: .*",
         r"InvalidArgument: .*no such name.*",
+        r"FileMissing: owner/public: the cache lacks 1 of its files \(tokenizer\.json\): download it once more",
     ]
     assert len(lines) == len(expected), said
     for line, pattern in zip(lines, expected):
@@ -555,10 +754,11 @@ def test_no_hub(model, tmp_path, hub) -> None:
 
 
 COMPRESS = """
-import json, sys
+import json, sys, time
 from huggingface_hub import constants
 from bigsmall.publish import compress_for_hub
 
+time.sleep = lambda seconds: None
 constants.DOWNLOAD_CHUNK_SIZE = 1024  # so that a part is on disk when the connection is lost
 for output, options in json.loads(sys.argv[1]):
     result = compress_for_hub("owner/source", output, **options)
@@ -619,22 +819,63 @@ def test_revisions(model, tmp_path, hub) -> None:
     assert said[0][1][:2] == sums
 
 
-@pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline(model, tmp_path, hub, how: str) -> None:
-    hub.add("owner/source", model)
-    online = compressed(hub, tmp_path / "home", (tmp_path / "out", {}))
+OFFLINE = """
+import json, pathlib, shutil, sys
+from huggingface_hub import snapshot_download
+from bigsmall.errors import FileMissing
+from bigsmall.publish import compress_for_hub
+
+work, options = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+
+def attempt(name, **more):
+    try:
+        result = compress_for_hub("owner/source", work / name, **options, **more)
+        print("left out:", *result.left_out)
+    except FileMissing as error:
+        print("FileMissing:", error)
+
+attempt("again")
+cached = pathlib.Path(snapshot_download("owner/source", local_files_only=True, ignore_patterns=["*"]))
+compress_for_hub(cached, work / "by-path")
+shutil.copytree(cached.parents[2], work / "cache", symlinks=True)
+shutil.rmtree(work / "cache" / "models--owner--source" / "trees", ignore_errors=True)
+attempt("unknown", cache_dir=work / "cache")
+(cached / "tokenizer.json").unlink()
+attempt("half")
+"""
+
+
+def test_offline(model, tmp_path, hub) -> None:
+    sha = hub.add("owner/source", model)
+    compressed(hub, tmp_path / "home", (tmp_path / "out", {}))
     hub.log.clear()
-    options = {"local_files_only": True} if how == "argument" else {}
-    environment = {} if how == "argument" else {"HF_HUB_OFFLINE": "1"}
-    offline = compressed(hub, tmp_path / "home", (tmp_path / "again", options), **environment)
+    shutil.copytree(tmp_path / "home", tmp_path / "home2", symlinks=True)
+    said = {}
+    for home, options, offline in (("home", {"local_files_only": True}, "0"), ("home2", {}, "1")):
+        (tmp_path / f"for-{home}").mkdir()
+        env = {**hub.env(tmp_path / home), "HF_HUB_OFFLINE": offline}
+        output = run_script(OFFLINE, tmp_path / f"for-{home}", json.dumps(options), env=env).splitlines()
+        said[home] = [line for line in output if line.startswith(("left out: ", "FileMissing: "))]
+    assert hub.log == []
     import huggingface_hub
 
-    if not hasattr(huggingface_hub, "get_cached_repo_tree"):  # then nobody knows what else the repo has
-        online[0][0] = offline[0][0] = []
-    assert offline == online
-    # Only the name of the directory differs, in the card's example.
-    assert {**tree(tmp_path / "again"), "README.md": b""} == {**tree(tmp_path / "out"), "README.md": b""}
-    assert hub.log == []
+    refused = (
+        r"FileMissing: owner/source: no network, and no list of .*snapshot_download\('owner/source'\) once with .*"
+    )
+    if hasattr(huggingface_hub, "get_cached_repo_tree"):
+        made = ["again", "by-path"]
+        patterns = [f"left out: {re.escape(' '.join(LEFT_OUT))}", refused, r"FileMissing: .*tokenizer\.json.*"]
+    else:  # then nobody knows what else the repo has
+        made, patterns = ["by-path"], [refused] * 3
+    for home, lines in said.items():
+        assert len(lines) == 3, lines
+        for line, pattern in zip(lines, patterns):
+            assert re.fullmatch(pattern, line), line
+        assert sorted(entry.name for entry in (tmp_path / f"for-{home}").iterdir()) == [*made, "cache"]
+        for name in made:  # only the name of the directory differs, in the card's example
+            again = tree(tmp_path / f"for-{home}" / name)
+            assert f"(https://huggingface.co/owner/source) at commit `{sha}`" in again["README.md"].decode()
+            assert {**again, "README.md": b""} == {**tree(tmp_path / "out"), "README.md": b""}
 
 
 UPLOADS = """
@@ -682,8 +923,16 @@ def test_nothing_is_sent_of_a_damaged_directory(model, tmp_path, monkeypatch) ->
 
     monkeypatch.setattr(huggingface_hub, "HfApi", used)
     output = tmp_path / "out"
+    variant = {}
+    for name, tensors in SHARDS.items():
+        named = name.replace("model-", "model.fp16-")
+        write_safetensors(
+            model / named, {key: ("F16", shape, bytes(len(data))) for key, (_, shape, data) in tensors.items()}
+        )
+        variant.update(dict.fromkeys(tensors, named))
+    (model / "model.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {}, "weight_map": variant}))
     compress_for_hub(model, output)
-    shard, adapter = output / MADE[2], output / MADE[3]
+    shard, other = output / MADE[2], output / MADE[3]
 
     def refused(kind, name) -> None:
         with pytest.raises(kind, match=re.escape(name)):
@@ -704,8 +953,23 @@ def test_nothing_is_sent_of_a_damaged_directory(model, tmp_path, monkeypatch) ->
     index.write_text(text.replace('"model-00002-of-00002.bs"', '"../x.bs"'))
     refused(errors.Corrupt, "../x.bs")
     index.write_text(text)
-    adapter.write_bytes(b"BGSM")
-    refused(errors.Truncated, adapter.name)
+    whole = other.read_bytes()
+    other.write_bytes(b"BGSM")
+    refused(errors.Truncated, other.name)
+    other.write_bytes(whole)
+    shard = output / "model.fp16-00002-of-00002.bs"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    refused(errors.Truncated, shard.name)
+    shard.unlink()
+    refused(FileNotFoundError, shard.name)
+    shard.write_bytes((output / MADE[2]).read_bytes().replace(b'"b"', b'"x"'))
+    refused(errors.BigSmallError, shard.name)
+    bigsmall.compress(write_safetensors(tmp_path / "x.safetensors", {"x": ("F32", (), bytes(4))}), shard)
+    refused(errors.Corrupt, f"tensor 'b' should be in {shard.name}")
+    shard.write_bytes(whole)
+    with pytest.raises(AssertionError, match="the Hub was asked"):  # all is right again
+        upload_to_hub(output, "owner/packed")
     with pytest.raises(FileNotFoundError):
         upload_to_hub(tmp_path / "nowhere", "owner/packed")
     with pytest.raises(errors.InvalidArgument, match=r"holds no \.bs file"):

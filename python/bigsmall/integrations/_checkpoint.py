@@ -1,10 +1,9 @@
-"""The `.bs` files of one model in a folder, named as transformers and diffusers name theirs: `STEM.bs` and, of a variant,
-`STEM.fp16.bs`; or shards, which bigsmall.index.json lists. It holds the source's indexes, one for each variant."""
+"""The `.bs` files of one model in a folder, named as transformers and diffusers name theirs: `STEM.bs` and, of a
+variant, `STEM.fp16.bs`; or shards, which bigsmall.index.json lists. It holds the source's indexes, one a variant."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from typing import Any, NamedTuple
 
@@ -49,8 +48,8 @@ def weight_map(index: dict[str, Any], path: str, stem: str, variant: str | None)
         if source["name"] != wanted:
             continue
         files = hub.parse_index(source["text"], f"{path}: {wanted}")["weight_map"]
-        found = {name: file[: -len(SOURCE)] + OURS for name, file in files.items()}
-        hub.shards_of({"weight_map": found}, path)
+        found = {name: file.removesuffix(SOURCE) + OURS for name, file in files.items()}
+        hub.check_names(set(found.values()), path)
         # The first is the one that the folder's own map was made of.
         if number == 0 and set(found.values()) != set(index["weight_map"].values()):
             raise errors.Corrupt(f"{path}: its weight_map and its {wanted} list different shards")
@@ -65,15 +64,15 @@ def shards(index: dict[str, Any], path: str, stem: str, variant: str | None, fol
     """The shards of an index that lie in a folder; None where it lists none of that name and variant. FileMissing where
     one is not there."""
     found = weight_map(index, path, stem, variant)
-    if not found:
-        return None
-    paths = [os.path.join(folder, file) for file in sorted(set(found.values()))]
+    return _listed(found, path, folder, index) if found else None
+
+
+def _listed(weight_map: dict[str, str], path: str, folder: str, index: dict[str, Any]) -> Checkpoint:
+    paths = [os.path.join(folder, file) for file in sorted(set(weight_map.values()))]
     for shard in paths:
         if not os.path.isfile(shard):
-            raise errors.FileMissing(
-                errno.ENOENT, f"{shard}: {hub.INDEX_NAME} lists this shard, which is missing", shard
-            )
-    return Checkpoint(paths, path, found, index["metadata"])
+            raise hub.not_found(shard, f"{os.path.basename(path)} lists this shard, which is missing")
+    return Checkpoint(paths, path, weight_map, index["metadata"])
 
 
 def find(folder: str, stem: str, variant: str | None) -> Checkpoint | None:
@@ -85,6 +84,17 @@ def find(folder: str, stem: str, variant: str | None) -> Checkpoint | None:
         if found is not None:
             return found
     path = os.path.join(folder, file_name(stem, variant, OURS))
+    return single(path) if os.path.isfile(path) else None
+
+
+def find_source(folder: str, stem: str, variant: str | None) -> Checkpoint | None:
+    """The same of `.safetensors` files, by their own index."""
+    path = os.path.join(folder, file_name(stem, variant, SOURCE + ".index.json"))
+    if os.path.isfile(path):
+        index = hub.read_index(path)
+        hub.shards_of(index, path)
+        return _listed(index["weight_map"], path, folder, index)
+    path = os.path.join(folder, file_name(stem, variant, SOURCE))
     return single(path) if os.path.isfile(path) else None
 
 

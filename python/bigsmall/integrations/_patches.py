@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from bigsmall import errors
+
 
 class Change(NamedTuple):
     """One name of a module. `attribute` may be dotted, for a method. `wrap` is given the function (or class) that
@@ -47,6 +49,8 @@ class Patches:
 
     def __init__(self, targets: Callable[[], Sequence[Target]]) -> None:
         self._targets = targets
+        self._installing = threading.RLock()
+        # Of what follows. Never held while a module is imported, which may wait for a thread that imports another one.
         self._lock = threading.RLock()
         self._done: list[_Done] = []
         self._finder: _Finder | None = None
@@ -54,17 +58,28 @@ class Patches:
 
     def install(self) -> None:
         """Makes all changes; does nothing where they are made. Where one fails none is made."""
-        with self._lock:
-            if self.active:
-                return
+        with self._installing:
             targets = self._targets()
-            self.active = True
-            try:
+            with self._lock:
+                if self.active:
+                    return
+                self.active = True
                 self._finder = _Finder({target.module: target for target in targets}, self._apply)
                 sys.meta_path.insert(0, self._finder)
+            try:
                 for target in targets:
-                    if target.module in sys.modules:  # imported, or being so by another thread: this waits for it
-                        self._apply(target, importlib.import_module(target.module))
+                    module = sys.modules.get(target.module)
+                    if module is None:
+                        continue
+                    if _is_being_imported(module):
+                        # By another thread: this waits for it. By this one: a module that it imports called us.
+                        module = importlib.import_module(target.module)
+                        if _is_being_imported(module):
+                            raise errors.InvalidArgument(
+                                f"bigsmall.install_hook() was called while {target.module} is being imported: call it "
+                                "before or after that"
+                            )
+                    self._apply(target, module)
             except BaseException:
                 self.uninstall()
                 raise
@@ -115,6 +130,10 @@ class Patches:
         return either
 
 
+def _is_being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds modules as the other finders do, and has those of `targets` changed right after they are executed."""
 
@@ -140,6 +159,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            del loader.exec_module
             execute(module)
             self._apply(wanted, module)
 

@@ -28,6 +28,8 @@ from bigsmall.streaming import TensorSlice, safe_open, torch_slices
 Path = Union[str, "os.PathLike[str]"]
 
 _STEM = "model"
+# What tells transformers 4 from 5, whose ways of loading differ.
+_BY_SHARD = "load_shard_file"
 _SINGLE = _STEM + ".bs"
 
 
@@ -75,6 +77,7 @@ def from_pretrained(
     config_dir: Path | None = None,
     *,
     base: Path | None = None,
+    variant: str | None = None,
     subfolder: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -88,6 +91,7 @@ def from_pretrained(
     model_class : a class of transformers: AutoModel, AutoModelForCausalLM, LlamaForCausalLM, ...
     config_dir  : directory or repository with config.json; None for where the weights are
     base        : of a delta: `.safetensors`, `.bs`, a directory or repository
+    variant     : the weights of that name: "fp16" for model.fp16.bs or the shards of that variant. Not with `stream`
     stream      : of a repository, decode as the bytes come, and keep no `.bs` file on disk
     subfolder, revision, token, cache_dir, local_files_only : as in transformers
     kwargs      : for the from_pretrained of model_class: dtype, device_map, output_loading_info, ... Those that are
@@ -99,31 +103,71 @@ def from_pretrained(
     Raises what `bigsmall.hub.local_path` raises, Corrupt, Truncated, ChecksumMismatch or WrongBase for bad files, and
     what transformers raises.
     """
-    transformers = _transformers()
+    _transformers()
+    for option in ("state_dict", "gguf_file", "weights_only"):
+        if kwargs.get(option) is not None:
+            raise errors.InvalidArgument(
+                f"{option} is not for `.bs` files: call from_pretrained of transformers with it"
+            )
+    if kwargs.pop("use_safetensors", None) is False:
+        raise errors.InvalidArgument("use_safetensors=False asks for pickles: call from_pretrained of transformers")
+    if stream and variant is not None:
+        raise errors.InvalidArgument("stream=True reads the plain weights: leave it out to load a variant")
     where: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if config_dir is None and not local_files_only and hub.is_repo_id(path_or_repo):
+        # So that weights and configuration are of one commit, also where somebody pushes in between.
+        revision = hub.commit_of(path_or_repo, revision, token)
     if stream:
-        reader = hub.open_reader(path_or_repo, base=base, subfolder=subfolder, revision=revision, **where)
+        readers = [hub.open_reader(path_or_repo, base=base, subfolder=subfolder, revision=revision, **where)]
     else:
         path = hub.local_path(path_or_repo, subfolder=subfolder, revision=revision, **where)
-        reader = Reader(path, None if base is None else hub.base_of(base, **where))
+        base_path = None if base is None else hub.base_of(base, **where)
+        if variant is None:
+            readers = [Reader(path, base_path)]
+        else:
+            found = _checkpoint.find(path, _STEM, variant)
+            if found is None:
+                name = _checkpoint.file_name(_STEM, variant, ".bs")
+                raise hub.not_found(os.path.join(path, name), f"there are no weights of the variant {variant!r}")
+            _checkpoint.check(found)
+            readers = [Reader(file, base_path) for file in found.paths]
     # Beside the weights it is in the same folder and of the same revision.
     source: dict[str, Any] = dict(where) if config_dir is not None else {**where, "subfolder": subfolder}
     if config_dir is None and revision is not None:
         source["revision"] = revision
     config_source = _config_source(path_or_repo, config_dir, source.get("subfolder", ""))
+    return model_of(readers, model_class, config_source, source, kwargs)
+
+
+def model_of(
+    readers: Sequence[Reader], model_class: Any, config_source: str, source: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """The same from the opened files of one model. Its config.json and generation_config.json are in `config_source`, a
+    directory or repository, to which `source` are the Hub's options."""
+    transformers = _transformers()
     trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
+    code = {"code_revision": kwargs.pop("code_revision")} if "code_revision" in kwargs else {}
     config = kwargs.pop("config", None)
-    if config is None:
+    if config is None or isinstance(config, (str, os.PathLike)):
         config_class = getattr(model_class, "config_class", None)
         reads = transformers.AutoConfig if config_class is None else config_class
-        config = reads.from_pretrained(config_source, **source, **(trust if config_class is None else {}))
+        config = reads.from_pretrained(config or config_source, **source, **(trust if config_class is None else {}))
     for name in [name for name in kwargs if name not in ("dtype", "torch_dtype") and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))
-    concrete = _concrete_class(model_class, config, config_source, source, trust)
+    concrete = _concrete_class(model_class, config, config_source, {**source, **code}, trust)
     if concrete is not model_class:
         kwargs.pop("trust_remote_code", None)
-    _refuse_torchao(config, reader.path)
-    tensors: dict[str, Any] = _decoded(reader) if _zero3() else dict(torch_slices(reader, LazyTensor))
+        config = _config_for(concrete, config)
+    places = kwargs.get("device_map")
+    if hasattr(transformers.modeling_utils, _BY_SHARD) and isinstance(places, dict) and "disk" in places.values():
+        raise errors.Unsupported(
+            f"{readers[0].path}: transformers {transformers.__version__} offloads to disk only what it reads itself: "
+            "use bigsmall.install_hook() and from_pretrained of the model's class"
+        )
+    _refuse_torchao(config, readers[0].path)
+    tensors: dict[str, Any] = {}
+    for reader in readers:
+        tensors.update(_decoded(reader) if _zero3() else torch_slices(reader, LazyTensor))
     loaded = concrete.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config._name_or_path = str(config_source)
@@ -175,12 +219,25 @@ def _config_source(path_or_repo: Path, config_dir: Path | None, subfolder: str) 
     return folder
 
 
+def _config_for(model_class: Any, config: Any) -> Any:
+    """The configuration that the class takes: of one that has several parts, perhaps that of the text model."""
+    part = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    if part is None or getattr(model_class, "config_class", None) != part or isinstance(config, part):
+        return config
+    text = config.get_text_config()
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return text
+
+
 def _concrete_class(
     model_class: Any, config: Any, config_source: str, source: dict[str, Any], trust: dict[str, Any]
 ) -> Any:
     """The class that an Auto class stands for."""
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
+        if getattr(model_class, "config_class", None) is None:
+            raise errors.InvalidArgument(f"{model_class!r} is no class of a model: name one, or an Auto class")
         return model_class
     remote = (getattr(config, "auto_map", None) or {}).get(model_class.__name__)
     if remote is not None and trust.get("trust_remote_code"):
@@ -213,20 +270,35 @@ def _resolved(checkpoint: Checkpoint) -> _Resolved:
     return checkpoint.paths, {**(checkpoint.metadata or {}), **names}
 
 
-def _hub_weights(repo: str, variant: str | None, options: dict[str, Any]) -> _Resolved | None:
-    """The `.bs` files of a repository, in the Hub's cache; None where it has none."""
+def _hub_weights(
+    repo: str, variant: str | None, options: dict[str, Any], missing: OSError | None = None
+) -> _Resolved | None:
+    """The `.bs` files of a repository, in the Hub's cache; None where it has none, or where asking for them fails after
+    the same failed for others (`missing`)."""
     from transformers.utils.hub import cached_file, cached_files
 
     quiet = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False}
-    path = cached_file(repo, hub.INDEX_NAME, **options, **quiet)
-    if path is not None:
-        index = hub.read_index(path)
-        weight_map = _checkpoint.weight_map(index, path, _STEM, variant)
-        if weight_map:
-            files = cached_files(repo, sorted(set(weight_map.values())), **options)
-            return _resolved(Checkpoint(list(files), path, weight_map, index["metadata"]))
-    file = cached_file(repo, _checkpoint.file_name(_STEM, variant, ".bs"), **options, **quiet)
-    return None if file is None else ([file], None)
+    # Without network or access the original's error says it better.
+    with contextlib.suppress(OSError) if missing is not None else contextlib.nullcontext():
+        single = _checkpoint.file_name(_STEM, variant, ".bs")
+        path = cached_file(repo, hub.INDEX_NAME, **options, **quiet)
+        index = None if path is None else hub.read_index(path)
+        weight_map = (
+            None if index is None else _checkpoint.weight_map(index, f"{repo}/{hub.INDEX_NAME}", _STEM, variant)
+        )
+        if not weight_map:
+            file = cached_file(repo, single, **options, **quiet)
+            return None if file is None else ([file], None)
+    if path is None or not weight_map or index is None:
+        return None
+    shards = sorted(set(weight_map.values()))
+    files = cached_files(repo, shards, **options, **quiet) or []
+    if len(files) < len(shards):
+        lacking = ", ".join(sorted(set(shards) - {os.path.basename(file) for file in files}))
+        raise errors.FileMissing(
+            errno.ENOENT, f"{repo}: {hub.INDEX_NAME} lists {lacking}, which the repository does not have", repo
+        )
+    return _resolved(Checkpoint(list(files), path, weight_map, index["metadata"]))
 
 
 _DOWNLOAD_OPTIONS = (
@@ -276,10 +348,8 @@ def _wrap_resolve(original: Callable[..., Any]) -> Callable[..., Any]:
         # The original first, so that a repository of another kind sees the same requests as ever.
         try:
             return original(*args, **kwargs)
-        except OSError:
-            ours = None
-            with contextlib.suppress(OSError):  # no network, no access: then the original's error says it better
-                ours = _hub_weights(name, variant, options)
+        except OSError as missing:
+            ours = _hub_weights(name, variant, options, missing)
             if ours is None:
                 raise
             return ours
@@ -363,10 +433,13 @@ def _wrap_safe_open(original: type[Any]) -> type[Any]:
         def __instancecheck__(cls, instance: Any) -> bool:
             return isinstance(instance, (original, safe_open))
 
-        def __call__(cls, filename: Any, *args: Any, **kwargs: Any) -> Any:
-            if _hook.active and _has_bs([os.fspath(filename)]):
-                return safe_open(filename, *args, **kwargs)
-            return original(filename, *args, **kwargs)
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            named = args[0] if args else kwargs.get("filename")
+            ours = _hook.active and isinstance(named, (str, os.PathLike)) and _has_bs([os.fsdecode(named)])
+            return (safe_open if ours else original)(*args, **kwargs)
+
+        def __getattr__(cls, name: str) -> Any:
+            return getattr(original, name)
 
     return Dispatch("safe_open", (), {"__doc__": original.__doc__, "__module__": original.__module__})
 
@@ -388,7 +461,8 @@ def _wrap_accelerate_load(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_accelerate_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of accelerate's load_checkpoint_in_model: a folder that holds model.bs and no index stands for that file."""
+    """Of accelerate's load_checkpoint_in_model: a folder that holds model.bs and no index stands for that file, and
+    shards must hold what their index says."""
     signature = inspect.signature(original)
 
     def load_checkpoint_in_model(*args: Any, **kwargs: Any) -> Any:
@@ -399,6 +473,10 @@ def _wrap_accelerate_checkpoint(original: Callable[..., Any]) -> Callable[..., A
             others = ("model.safetensors", "pytorch_model.bin")
             if _SINGLE in names and not any(name in others or name.endswith(".index.json") for name in names):
                 call.arguments["checkpoint"] = os.path.join(folder, _SINGLE)
+            if not any(name in others for name in names):
+                _checkpoint.check_folder(folder)
+        elif os.path.basename(folder) == hub.INDEX_NAME:
+            _checkpoint.check_folder(os.path.dirname(folder))
         return original(*call.args, **call.kwargs)
 
     return load_checkpoint_in_model
@@ -478,18 +556,19 @@ def _transformers_plan(module: ModuleType) -> list[Change]:
         and _takes(getattr(module, "load_state_dict", None), "checkpoint_file", "map_location")
         and _takes(function, "state_dict", "checkpoint_files")
     )
-    by_shard = hasattr(module, "load_shard_file")
+    by_shard = hasattr(module, _BY_SHARD)
     if not known or not (by_shard or _takes(function, "load_config")):
         raise errors.Unsupported(
             f"bigsmall.install_hook() does not know this version of transformers ({_version('transformers')}), which "
-            "loads weights in another way: use bigsmall.integrations.huggingface.from_pretrained, or a newer bigsmall"
+            "loads weights in another way, or another tool has changed how it does: use "
+            "bigsmall.integrations.huggingface.from_pretrained, or a newer bigsmall"
         )
     changes = [
         Change("_get_resolved_checkpoint_files", _wrap_resolve),
         Change("load_state_dict", _wrap_load_state_dict),
     ]
     if by_shard:
-        changes.append(Change("load_shard_file", _wrap_load_shard))
+        changes.append(Change(_BY_SHARD, _wrap_load_shard))
     else:
         changes.append(Change("PreTrainedModel._load_pretrained_model", _wrap_load_pretrained))
     return [*changes, *_if_there(safe_open=_wrap_safe_open)(module)]
@@ -500,7 +579,7 @@ def _takes(function: Any, *names: str) -> bool:
 
 
 def _targets() -> list[Target]:
-    from bigsmall.integrations.diffusion import diffusers_patches
+    from bigsmall.integrations._diffusers_hook import diffusers_patches
 
     diffusers = []
     for module, wraps in diffusers_patches().items():
