@@ -347,12 +347,15 @@ def _wrap_resolve(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         # The original first, so that a repository of another kind sees the same requests as ever.
         try:
-            return original(*args, **kwargs)
+            theirs = original(*args, **kwargs)
         except OSError as missing:
             ours = _hub_weights(name, variant, options, missing)
             if ours is None:
                 raise
             return ours
+        if theirs[0] and theirs[0][0] is None:  # so transformers 4 says offline that it has found nothing
+            return _hub_weights(name, variant, options) or theirs
+        return theirs
 
     return resolve
 
