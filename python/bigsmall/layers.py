@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import mmap
 import os
@@ -305,6 +306,7 @@ class _Prefetcher:
         self._stop, self._finished = threading.Event(), threading.Event()
         self._closed_error = f"{loader.path}: the loader is closed"
         loader._prefetchers.add(self)
+        _running.add(self)
         threading.Thread(target=self._run, name="bigsmall-layers", daemon=True).start()
 
     @property
@@ -354,6 +356,16 @@ class _Prefetcher:
         # When Python ends, threads stand still for good.
         if not sys.is_finalizing():
             self._finished.wait(_PATIENCE_SECONDS)
+
+
+_running: weakref.WeakSet[_Prefetcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Before Python ends: it stops threads where they are, which inside of torch ends the process by SIGABRT."""
+    for prefetcher in list(_running):
+        prefetcher.close()
 
 
 def own_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

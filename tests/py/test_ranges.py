@@ -4,10 +4,10 @@ The requests are made up; test_hub.py has real ones."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import random
-import re
 import signal
 import threading
 from collections.abc import Callable
@@ -51,18 +51,11 @@ class Served(_ranges.Ranges):
 
 def resident(memory: mmap.mmap) -> int:
     """Bytes of the mapping that are in memory."""
-    import ctypes
-
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    inside = False
-    with open("/proc/self/smaps", encoding="ascii", errors="replace") as maps:
-        for line in maps:
-            place = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if place:
-                inside = int(place[1], 16) <= address < int(place[2], 16)
-            elif inside and line.startswith("Rss:"):
-                return int(line.split()[1]) << 10
-    raise AssertionError("no such mapping")
+    pages = len(memory) // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * pages)()
+    first = ctypes.c_char.from_buffer(memory)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(memory)), found) == 0
+    return sum(page & 1 for page in found) * mmap.PAGESIZE
 
 
 def test_threads_that_share_give_up_and_fail() -> None:
