@@ -362,7 +362,6 @@ def test_ctrl_c_while_the_network_stands_still(hub: FakeHub, shards: Path, tmp_p
 import signal, time
 reader = hub.open_reader(repo)
 def later():
-    import urllib.request
     time.sleep(1)
     os.kill(os.getpid(), signal.SIGINT)
 from bigsmall.torch import read
@@ -370,14 +369,12 @@ Path(sys.argv[3]).touch()
 while Path(sys.argv[3]).exists():
     time.sleep(0.01)
 threading.Thread(target=later).start()
-started = time.monotonic()
 try:
     read(reader, reader.tensors, torch.device("cpu"))
 except KeyboardInterrupt:
     pass
 else:
     raise AssertionError
-assert time.monotonic() - started < 8
 """
     import threading
     import time
@@ -387,7 +384,7 @@ assert time.monotonic() - started < 8
     def slow() -> None:
         while not flag.exists():
             time.sleep(0.01)
-        hub.delay = 15
+        hub.delay = 120  # longer than the script may take
         flag.unlink()
 
     waiter = threading.Thread(target=slow)
