@@ -79,6 +79,11 @@ func Open(path, basePath string) (*Reader, error) {
 			return ok && filepath.Base(r.tensors[i].file.name) == shard
 		})
 	}
+	return r.withBase(basePath, err)
+}
+
+// withBase ends the opening of a reader: with its base, where there is one, or with the error that came up before.
+func (r *Reader) withBase(basePath string, err error) (*Reader, error) {
 	if err == nil && basePath != "" {
 		r.base, err = openBase(basePath)
 	}
@@ -102,35 +107,22 @@ type MemoryFile struct {
 // payload that Locate tells, which must be there and unchanged meanwhile. basePath is as in Open.
 func OpenMemory(files []MemoryFile, basePath string) (*Reader, error) {
 	r := &Reader{}
-	var err error
+	var names []string
 	for _, f := range files {
-		var c *container
-		if c, err = openContainer(f.Name, memory(f.Src), int64(len(f.Src))); err != nil {
+		c, err := openContainer(f.Name, memory(f.Src), int64(len(f.Src)))
+		if err != nil {
 			return nil, err
 		}
-		r.files = append(r.files, c)
+		r.files, names = append(r.files, c), append(names, f.Name)
 	}
 	if len(files) == 0 {
 		return nil, failf(InvalidArgument, "no file to open")
 	}
-	var names []string
-	for _, f := range files {
-		names = append(names, f.Name)
-	}
-	if err = allNumbers(names); err == nil {
+	err := allNumbers(names)
+	if err == nil {
 		err = r.index("")
 	}
-	if err == nil && basePath != "" {
-		r.base, err = openBase(basePath)
-	}
-	if err == nil {
-		err = r.checkBase()
-	}
-	if err != nil {
-		r.Close()
-		return nil, err
-	}
-	return r, nil
+	return r.withBase(basePath, err)
 }
 
 func (r *Reader) add(name string) error {
@@ -163,6 +155,17 @@ func (r *Reader) index(dir string) error {
 	return nil
 }
 
+// ourFiles are the paths of the `.bs` files of a directory.
+func ourFiles(dir string) (paths []string, err error) {
+	all, err := os.ReadDir(dir)
+	for _, e := range all {
+		if name := e.Name(); strings.HasSuffix(name, ourExt) && !strings.HasPrefix(name, ".") {
+			paths = append(paths, filepath.Join(dir, name))
+		}
+	}
+	return paths, err
+}
+
 // shardFiles are the `.bs` files of a directory, those that its index lists, else all of them, and the index.
 func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 	text, err := os.ReadFile(filepath.Join(dir, IndexName))
@@ -173,14 +176,8 @@ func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 		}
 	}
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(index.shards()) == 0 {
-		all, err := os.ReadDir(dir)
-		if err != nil {
+		if names, err = ourFiles(dir); err != nil {
 			return nil, nil, err
-		}
-		for _, e := range all {
-			if strings.HasSuffix(e.Name(), ".bs") && !strings.HasPrefix(e.Name(), ".") {
-				names = append(names, filepath.Join(dir, e.Name()))
-			}
 		}
 		if len(names) == 0 {
 			return nil, nil, &Error{Status: IO, File: dir, Msg: "holds no .bs file itself; name the folder in it that does", Err: os.ErrNotExist}

@@ -68,7 +68,7 @@ func (x *shardIndex) shards() []string {
 }
 
 // unlisted are the plain weights of a folder, where the index is one of variants only: the `.bs` files that no index lists.
-func (x *shardIndex) unlisted(dir string) (names []string) {
+func (x *shardIndex) unlisted(dir string) []string {
 	listed := map[string]bool{}
 	for _, s := range x.Metadata.Sources {
 		if strings.HasSuffix(s.Name, sourceExt+".index.json") {
@@ -82,16 +82,11 @@ func (x *shardIndex) unlisted(dir string) (names []string) {
 			listed[strings.TrimSuffix(shard, sourceExt)+ourExt] = true
 		}
 	}
-	all, err := os.ReadDir(dir)
+	all, err := ourFiles(dir)
 	if err != nil || len(listed) == 0 {
 		return nil
 	}
-	for _, e := range all {
-		if name := e.Name(); strings.HasSuffix(name, ourExt) && !strings.HasPrefix(name, ".") && !listed[name] {
-			names = append(names, filepath.Join(dir, name))
-		}
-	}
-	return names
+	return slices.DeleteFunc(all, func(path string) bool { return listed[filepath.Base(path)] })
 }
 
 func parseIndex(text []byte) (*shardIndex, error) {
