@@ -94,10 +94,9 @@ def find(
         return []
     folder = path_or_repo
     if remote:
-        from huggingface_hub import snapshot_download
-
         within = [os.path.join(subfolder, pattern) for pattern in wanted]
-        folder = snapshot_download(path_or_repo, revision=revision, cache_dir=cache_dir, allow_patterns=within)
+        repo = hub.repo_id(path_or_repo)
+        folder = hub.snapshot(repo, revision=revision, cache_dir=cache_dir, allow_patterns=within)
     folder = os.path.join(folder, subfolder)
     found = {path for pattern in wanted for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
     return sorted(found)

@@ -260,12 +260,9 @@ def decompress_to_temp(
     from bigsmall import decompress, hub
 
     if hub.is_repo_id(path_or_repo):
-        from huggingface_hub import snapshot_download
-
-        repo = os.fsdecode(path_or_repo)
-        repo = repo[len("hf://") :] if repo.startswith("hf://") else repo
+        repo = hub.repo_id(path_or_repo)
         name = repo.split("/")[-1]
-        source = snapshot_download(
+        source = hub.snapshot(
             repo,
             revision=revision,
             token=token,
