@@ -92,16 +92,27 @@ func (s *Scratch) zstdDecode(dst, src []byte) error {
 func (p *Payload) DecodeBlocks(first int, dst, src, base []byte, s *Scratch) error {
 	var blocks [GroupBlocks][]byte
 	n := 0
+	if err := p.Verify(first, src); err != nil {
+		return err
+	}
 	for ; len(src) > 0; n++ {
 		_, length := p.BlockSpan(first + n)
-		block := src[:length]
-		if got := xxh3.Hash(block); got != p.hash[first+n] {
-			return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", first+n, p.Blocks(), got, p.hash[first+n])
-		}
-		blocks[n], src = block, src[length:]
+		blocks[n], src = src[:length], src[length:]
 	}
 	s.ahead = src[:cap(src)]
 	return p.decodeBlocks(first, dst, blocks[:n], base, s)
+}
+
+// Verify compares the checksums of the blocks from first on, whose bytes src has.
+func (p *Payload) Verify(first int, src []byte) error {
+	for b := first; len(src) > 0; b++ {
+		_, length := p.BlockSpan(b)
+		if got := xxh3.Hash(src[:length]); got != p.hash[b] {
+			return errorf(Checksum, "checksum of block %d of %d is %016x, not %016x", b, p.Blocks(), got, p.hash[b])
+		}
+		src = src[length:]
+	}
+	return nil
 }
 
 // block is a coded block, cut into its planes but not decoded.

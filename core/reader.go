@@ -487,10 +487,15 @@ func (p *payload) readBlocks(first, last int, s *codecs.Scratch) ([]byte, error)
 	if got == len(buf) {
 		return buf, nil
 	}
+	return nil, shortRead(err)
+}
+
+// shortRead is the error of a read that gave too little.
+func shortRead(err error) error {
 	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
+		return io.ErrUnexpectedEOF
 	}
-	return nil, err
+	return err
 }
 
 // decode decodes the tensor's bytes from lo to hi, within blocks first to last-1, into dst: the blocks of a group together,
@@ -607,14 +612,15 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 	})
 }
 
-func (r *Reader) request(i int, dst []byte) (*request, error) {
+// request is a whole tensor for a destination of so many bytes.
+func (r *Reader) request(i int, dst []byte, room int64) (*request, error) {
 	if _, err := r.Tensor(i); err != nil {
 		return nil, err
 	}
 	t := r.tensors[i]
-	if int64(len(dst)) < t.entry.bytes {
+	if room < t.entry.bytes {
 		return nil, &Error{Status: DstTooSmall, File: t.file.name, Tensor: t.entry.name,
-			Msg: fmt.Sprintf("room for %d bytes, %d are needed", len(dst), t.entry.bytes)}
+			Msg: fmt.Sprintf("room for %d bytes, %d are needed", room, t.entry.bytes)}
 	}
 	return &request{tensor: t, hi: t.entry.bytes, dst: dst}, nil
 }
@@ -634,7 +640,7 @@ type Item struct {
 func (r *Reader) DecodeMany(items []Item, job *Job) error {
 	requests := make([]*request, len(items))
 	for k, it := range items {
-		q, err := r.request(it.Index, it.Dst)
+		q, err := r.request(it.Index, it.Dst, int64(len(it.Dst)))
 		if err != nil {
 			return err
 		}
