@@ -8,7 +8,7 @@
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
 #   make lib          build/libbigsmall.so, for C
-#   make generate     assembly from its generators
+#   make generate     assembly from its generators, PTX from CUDA C
 #   make clean        removes build/
 
 SHELL := bash
@@ -32,7 +32,7 @@ PY_SOURCES := $(shell find python -type f -not -path '*/__pycache__/*' -not -pat
 # Named, so that no tool walks through build/.
 GO_FOLDERS := capi core codecs tests/go
 GO_PACKAGES := $(GO_FOLDERS:%=./%/...)
-PY_FOLDERS := python tests scripts examples
+PY_FOLDERS := python tests scripts examples codecs/gpu
 
 VENV_DEMO := build/venv-demo
 VENV_TEST := build/venv-test
@@ -154,6 +154,7 @@ check: $(VENV_CHECK)/.requirements
 	go mod tidy -diff
 	cd codecs/_asm && go vet ./...
 	codecs/_asm/generate.sh --check
+	PYTHON=$(CURDIR)/$(VENV_CHECK)/bin/python codecs/gpu/generate.sh --check
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
 	scripts/check_header.sh
@@ -162,8 +163,9 @@ check: $(VENV_CHECK)/.requirements
 	$(RUFF) format --check $(RUFF_CONFIG) $(PY_FOLDERS)
 	cd python && ../$(VENV_CHECK)/bin/mypy
 
-generate:
+generate: $(VENV_CHECK)/.requirements
 	codecs/_asm/generate.sh
+	PYTHON=$(CURDIR)/$(VENV_CHECK)/bin/python codecs/gpu/generate.sh
 
 clean:
 	rm -rf build
