@@ -84,9 +84,11 @@ func invalid(format string, args ...any) error {
 	return &core.Error{Status: core.InvalidArgument, Msg: fmt.Sprintf(format, args...)}
 }
 
-// A handle is what a bs_reader or bs_writer stands for.
+// A handle is what a bs_reader, bs_writer or bs_weight stands for.
 type handle struct {
 	reader   *core.Reader
 	writer   *core.Writer
+	weight   *core.Weight
+	module   *cudaModule // of the weight's device
 	poisoned atomic.Bool
 }

@@ -211,3 +211,48 @@ const char *bs_dtype_name(int32_t dtype) {
     const int32_t count = (int32_t)(sizeof names / sizeof names[0]);
     return names[dtype > 0 && dtype < count ? dtype : 0];
 }
+
+bs_status bs_cuda_available(bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_cuda_available(error);
+}
+
+bs_status bs_reader_decode_cuda(bs_reader *reader, const bs_cuda_item *items, size_t n_items, const bs_cuda_job *cuda,
+                                const bs_job *job, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_decode_cuda(reader, (void *)items, n_items, (void *)cuda, (void *)job, error);
+}
+
+bs_status bs_reader_weight_bytes(bs_reader *reader, uint64_t index, size_t *n_bytes, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_weight_bytes(reader, index, n_bytes, error);
+}
+
+bs_status bs_weight_open(bs_reader *reader, uint64_t index, uint64_t device_memory, size_t device_cap,
+                         const bs_cuda_job *cuda, const bs_job *job, bs_weight **weight, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_open(reader, index, device_memory, device_cap, (void *)cuda, (void *)job, weight, error);
+}
+
+bs_status bs_weight_decode(bs_weight *weight, uint64_t first, uint64_t count, uint64_t dst, size_t dst_cap, void *stream,
+                           bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_decode(weight, first, count, dst, dst_cap, stream, error);
+}
+
+bs_status bs_weight_gather(bs_weight *weight, uint64_t ids, uint64_t n_ids, uint64_t row_elements, uint64_t dst,
+                           size_t dst_cap, void *stream, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_gather(weight, ids, n_ids, row_elements, dst, dst_cap, stream, error);
+}
+
+void bs_weight_close(bs_weight *weight) {
+    if (!forked && weight != NULL) go_weight_close(weight);
+}
+
+bs_status bs_reader_plan(bs_reader *reader, uint64_t index, void *payload, size_t payload_cap, void *program,
+                         size_t program_cap, size_t *payload_len, size_t *program_len, const bs_job *job, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_plan(reader, index, payload, payload_cap, program, program_cap, payload_len, program_len,
+                                     (void *)job, error);
+}

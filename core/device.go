@@ -47,7 +47,7 @@ type DeviceItem struct {
 }
 
 const (
-	chunkBytes    = 32 << 20 // of a chunk: a copy that takes long beside a launch, and many pieces
+	chunkBytes    = 31 << 20 // of a chunk: a copy that takes long beside a launch, and many pieces; four fit 128 MiB
 	chunkSlots    = 4        // one is filled, one copied, one decoded, and one evens that out
 	blocksOfPiece = 4 * codecs.GroupBlocks
 	statusWords   = 4 // of a chunk: one for the checksums and one for each size of words

@@ -29,6 +29,8 @@ const (
 	WrongBase          Status = 36
 	IO                 Status = 40
 	Cancelled          Status = 50
+	NoDevice           Status = 60
+	DeviceFailed       Status = 62
 	Poisoned           Status = 90
 	Internal           Status = 91
 	Forked             Status = 92
@@ -38,7 +40,7 @@ var statusNames = map[Status]string{
 	OK: "ok", InvalidArgument: "invalid_argument", DstTooSmall: "dst_too_small", NotFound: "not_found",
 	UnsupportedVersion: "unsupported_version", UnsupportedCodec: "unsupported_codec",
 	UnsupportedFeature: "unsupported_feature", Corrupt: "corrupt", Truncated: "truncated", Checksum: "checksum",
-	WrongBase: "wrong_base", IO: "io", Cancelled: "cancelled", Poisoned: "poisoned", Internal: "internal",
+	WrongBase: "wrong_base", IO: "io", Cancelled: "cancelled", NoDevice: "no_device", DeviceFailed: "device", Poisoned: "poisoned", Internal: "internal",
 	Forked: "forked",
 }
 

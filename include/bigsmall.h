@@ -8,9 +8,9 @@
  *   - Every function that can fail returns a bs_status, 0 for success. With a non-NULL `error` it also fills in the
  *     status, the operating system's error number where there is one, and a text that names the file, the tensor and
  *     the numbers. On success `error` is left alone.
- *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns, with one exception:
- *     the files given to bs_reader_open_memory stay in use until bs_reader_close. The library owns only what a
- *     bs_*_open returned, until its bs_*_close. Closing NULL is allowed and does nothing.
+ *   - The caller owns every buffer it passes. The library keeps no pointer after a call returns, with two exceptions:
+ *     the files given to bs_reader_open_memory stay in use until bs_reader_close, and the device memory given to
+ *     bs_weight_open until bs_weight_close. The library owns only what a bs_*_open returned, until its bs_*_close. Closing NULL is allowed and does nothing.
  *   - `dst_cap` is room in bytes, `src_len` content in bytes. Nothing is read or written outside those lengths. A buffer
  *     of length 0 may be NULL.
  *   - Texts are UTF-8. Paths and names that come in end with NUL; texts that go out are written without a NUL, and
@@ -42,7 +42,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a function or struct changes in a way that an existing caller would notice. */
-#define BS_ABI_VERSION 2
+#define BS_ABI_VERSION 3
 
 /* Most dimensions a tensor may have; the limit of numpy and torch. */
 #define BS_MAX_DIMS 64
@@ -62,6 +62,8 @@ typedef enum bs_status {
     BS_WRONG_BASE = 36,          /* a delta needs a base model, or another one than was given */
     BS_IO = 40,                  /* the operating system said no: see os_error */
     BS_CANCELLED = 50,           /* the cancel flag was set */
+    BS_NO_DEVICE = 60,           /* no CUDA driver, no device or context, or one too old: decode on the CPU and copy */
+    BS_DEVICE = 62,              /* a function of the CUDA driver failed; the text has its name and its error */
     BS_POISONED = 90,            /* an earlier fault made this handle unusable: close it */
     BS_INTERNAL = 91,            /* a fault of the library: please report it */
     BS_FORKED = 92               /* called in a child of fork(): load the library anew there, or use spawn */
@@ -254,6 +256,74 @@ BS_API bs_status bs_reader_decode_many(bs_reader *reader, const bs_decode_item *
 /* Decodes a whole tensor like bs_reader_decode and compares its MD5 with the header's: BS_CHECKSUM where they differ. */
 BS_API bs_status bs_reader_decode_verified(bs_reader *reader, uint64_t index, void *dst, size_t dst_cap, const bs_job *job,
                                            bs_error *error);
+
+/* ---- CUDA ---------------------------------------------------------------------------------------------------------
+ *
+ * Compressed bytes are copied to the device, verified and decoded there. The driver is looked for when the first of these
+ * functions is called; nothing of CUDA is needed before. They work in the CUDA context that is current in the calling
+ * thread, which must stay alive as long as the library is used, on a device of compute capability 7.5 or higher. Addresses
+ * of its memory are CUdeviceptr, here numbers of 64 bits. */
+
+/* BS_OK where some device of this machine decodes, else BS_NO_DEVICE, whose text says why not. */
+BS_API bs_status bs_cuda_available(bs_error *error);
+
+/* Where a call works. A NULL job means all defaults. */
+typedef struct bs_cuda_job {
+    size_t size;
+    void *stream;          /* a CUstream or cudaStream_t of the current context; NULL: the default stream. What is on it already is waited for */
+    void *host;            /* page-locked memory to stage through; where it does not do, the library takes more and frees it */
+    size_t host_bytes;
+    uint64_t device;       /* the same of the device; 128 MiB of both are always enough */
+    size_t device_bytes;
+} bs_cuda_job;
+
+/* One request of bs_reader_decode_cuda: dst is memory of the device, at a multiple of the size of an element. */
+typedef struct bs_cuda_item {
+    uint64_t index;
+    uint64_t dst;
+    size_t dst_cap;
+} bs_cuda_item;
+
+/* bs_reader_decode_many into the memory of the current CUDA device. Reading, copying and decoding overlap. A file in
+ * page-locked memory (bs_reader_open_memory) is copied from there. Tensors whose form the device does not decode are decoded on the CPU and copied.
+ * When this returns the device has done all of it, whatever is returned; every block's checksum was verified on the
+ * device or before. */
+BS_API bs_status bs_reader_decode_cuda(bs_reader *reader, const bs_cuda_item *items, size_t n_items, const bs_cuda_job *cuda,
+                                       const bs_job *job, bs_error *error);
+
+/* A tensor that stays compressed in the memory of a device. */
+typedef struct bs_weight bs_weight;
+
+/* Device memory that bs_weight_open needs for a tensor: about its compressed size and 1 % of its decoded one.
+ * BS_UNSUPPORTED_FEATURE where its form is none that a device decodes: keep it decoded then. */
+BS_API bs_status bs_reader_weight_bytes(bs_reader *reader, uint64_t index, size_t *n_bytes, bs_error *error);
+
+/* Copies a tensor's compressed bytes to device_memory, at a multiple of 256, and verifies them there. The memory is in use until
+ * bs_weight_close; the reader may be closed before. Returns when the device is done. BS_UNSUPPORTED_FEATURE where single blocks are none
+ * that a device decodes. */
+BS_API bs_status bs_weight_open(bs_reader *reader, uint64_t index, uint64_t device_memory, size_t device_cap,
+                                const bs_cuda_job *cuda, const bs_job *job, bs_weight **weight, bs_error *error);
+
+/* Starts decoding elements first .. first+count-1 to dst, and returns at once: what follows on the stream finds them. first
+ * is a multiple of 65536, count too or up to the end. Nothing else is done, so that it may be captured in a CUDA graph.
+ * The stream is one of the context that the weight was opened in. */
+BS_API bs_status bs_weight_decode(bs_weight *weight, uint64_t first, uint64_t count, uint64_t dst, size_t dst_cap,
+                                  void *stream, bs_error *error);
+
+/* The same for rows of row_elements elements, at most 16384: row ids[i] goes to place i of dst, for n_ids numbers of type int64 in
+ * device memory. Numbers of no row leave their place as it is. Elements have 2 or 4 bytes. */
+BS_API bs_status bs_weight_gather(bs_weight *weight, uint64_t ids, uint64_t n_ids, uint64_t row_elements, uint64_t dst,
+                                  size_t dst_cap, void *stream, bs_error *error);
+
+/* The kernels that were started must be done. */
+BS_API void bs_weight_close(bs_weight *weight);
+
+/* For other devices: the payload of a tensor, verified, and the program by which kernels decode it, as codecs/gpu/gpu.go of
+ * the source describes it. Both lengths are always given; with room for neither they are all that is done.
+ * BS_UNSUPPORTED_FEATURE where it has to be decoded on the CPU. */
+BS_API bs_status bs_reader_plan(bs_reader *reader, uint64_t index, void *payload, size_t payload_cap, void *program,
+                                size_t program_cap, size_t *payload_len, size_t *program_len, const bs_job *job,
+                                bs_error *error);
 
 /* ---- writing from memory ---------------------------------------------------------------------------------------- */
 
