@@ -889,7 +889,10 @@ def test_load_chooses_the_device(stand_in_for_cuda, monkeypatch, reader) -> None
         return empty(*shape, device="cpu", **options)
 
     monkeypatch.setattr(torch, "empty", on_the_cpu)
-    expect(many(60), bigsmall.load(reader.path, "cuda:1"))
+    monkeypatch.setattr(placement, "_warned", False)
+    monkeypatch.setattr(placement.cuda, "unavailable", lambda device: f"{device} is too old")
+    with pytest.warns(UserWarning, match="cuda:1 is too old: tensors are decoded on the CPU and copied"):
+        expect(many(60), bigsmall.load(reader.path, "cuda:1"))
     assert asked == [("cuda:1", False)] * 60 + [("cpu", True)]  # destinations first, then one page-locked buffer
     assert ("record", 0) in stand_in_for_cuda
 
