@@ -195,6 +195,8 @@ const char *bs_status_name(int32_t status) {
     case BS_WRONG_BASE: return "wrong_base";
     case BS_IO: return "io";
     case BS_CANCELLED: return "cancelled";
+    case BS_NO_DEVICE: return "no_device";
+    case BS_DEVICE: return "device";
     case BS_POISONED: return "poisoned";
     case BS_INTERNAL: return "internal";
     case BS_FORKED: return "forked";

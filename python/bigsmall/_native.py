@@ -29,7 +29,7 @@ except ImportError as missing:
         f"bigsmall is not installed, only its source was found ({Path(__file__).parent}): pip install ./python"
     ) from missing
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 
 _MOST_WORKERS = 2**31 - 1  # what bs_job has room for
 
@@ -258,6 +258,13 @@ def buffer_at(address: int, n_bytes: int) -> Any:
     return ffi.buffer(ffi.cast("char *", address), n_bytes)
 
 
+class Memory(NamedTuple):
+    """Memory that somebody else keeps alive: of the process, or of a device."""
+
+    address: int
+    n_bytes: int
+
+
 class Handle:
     """Owner of one object of the library. It is closed with the last reference to this, and so never during a call
     that another thread makes on it. In a child of fork() it is dead: `alive` says so, and closing does nothing.
@@ -277,6 +284,30 @@ class Handle:
 def _close(raw: Any, close: Callable[[Any], None], opened_in: int, memory: Any) -> None:
     if opened_in == _generation:
         close(raw)
+
+
+# ---- CUDA devices ----------------------------------------------------------------------------------------------------
+
+
+def why_no_cuda() -> str | None:
+    """Why the library decodes on no CUDA device of this machine; None where it can."""
+    ffi, lib = library()
+    error = ffi.new("bs_error *")
+    try:
+        check(lib.bs_cuda_available(error), error)
+    except errors.NoDevice as reason:
+        return str(reason)
+    return None
+
+
+def cuda_job(stream: int, host: Memory, device: Memory) -> Any:
+    """A bs_cuda_job: a CUstream as a number, and memory of both kinds, which the caller keeps alive as long as this."""
+    job = ffi.new("bs_cuda_job *")
+    job.size = ffi.sizeof("bs_cuda_job")
+    job.stream = ffi.cast("void *", stream)
+    job.host, job.host_bytes = ffi.cast("void *", host.address), host.n_bytes
+    job.device, job.device_bytes = device
+    return job
 
 
 # ---- long calls ------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ CHECKSUM = 34
 WRONG_BASE = 36
 IO = 40
 CANCELLED = 50
+NO_DEVICE = 60
+DEVICE = 62
 POISONED = 90
 INTERNAL = 91
 FORKED = 92
@@ -92,6 +94,20 @@ class Cancelled(BigSmallError):
     status = CANCELLED
 
 
+class DeviceError(BigSmallError, RuntimeError):
+    """A CUDA device or its driver failed, as where the device has no memory left; the text has the driver's own name of
+    it."""
+
+    status = DEVICE
+
+
+class NoDevice(DeviceError):
+    """No CUDA device here decodes: there is no driver or device, or none that is new enough, or it has no memory to work
+    with. Loading decodes on the CPU then, and copies."""
+
+    status = NO_DEVICE
+
+
 class InternalError(BigSmallError, RuntimeError):
     """A fault of the library, or a handle that an earlier fault made unusable. Please report it."""
 
@@ -149,6 +165,8 @@ _BY_STATUS: dict[int, type[BigSmallError]] = {
     CHECKSUM: ChecksumMismatch,
     WRONG_BASE: WrongBase,
     CANCELLED: Cancelled,
+    NO_DEVICE: NoDevice,
+    DEVICE: DeviceError,
     POISONED: InternalError,
     INTERNAL: InternalError,
     FORKED: InternalError,

@@ -20,6 +20,9 @@ from bigsmall import torch as bigsmall_torch
 from bigsmall.hub import open_reader
 from bigsmall.reader import Destination, Reader, TensorInfo, split_by_bytes
 
+# isort: split
+from bigsmall import cuda  # after bigsmall.torch, which says what to do where torch is missing
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,8 +33,10 @@ LAYER_WORDS = ("layers", "layer", "blocks", "block", "h")
 # of it. Nine digits: more are no layer, and Python refuses to read very many.
 _LAYER = re.compile(rf"(?:^|\.)(?P<stack>{'|'.join(LAYER_WORDS)})\.(?P<number>0|[1-9][0-9]{{0,8}})(?=\.|$)")
 
-# A decode cannot be stopped midway, so this much is what a close or Ctrl-C waits for ...
+# A decode cannot be stopped midway, so this much is what a close or Ctrl-C waits for: by the CPU, and by a GPU, which
+# takes far more to be busy ...
 _STEP_BYTES = 128 << 20
+_GPU_STEP_BYTES = 1 << 30
 
 # ... and where a slow network makes it take longer than this, the thread is left to end by itself.
 _PATIENCE_SECONDS = 5
@@ -77,7 +82,8 @@ class StreamingLoader:
 
     Tensors are fresh memory of the caller, named as in the file. The loader keeps none of them: with what the loop
     above holds, two layers and the non-layer tensors are in memory at most, and less than 64 MB more. Bytes that are on
-    their way from the Hub, or to another device, come on top.
+    their way from the Hub, or to another device, come on top. A GPU decodes by itself, as `bigsmall.load` says, beside
+    what is computed on it: use the tensors on the stream that is current where the loop begins.
 
     All methods may be called from many threads at once. After a fork() the child's loader goes on by itself.
 
@@ -247,7 +253,7 @@ class StreamingLoader:
     ) -> dict[str, torch.Tensor]:
         reader = self._opened()
         loaded: dict[str, torch.Tensor] = {}
-        for step in split_by_bytes(tensors, _STEP_BYTES):
+        for step in split_by_bytes(tensors, _GPU_STEP_BYTES if self.device.type == "cuda" else _STEP_BYTES):
             if stop is not None and stop.is_set():
                 break
             if self.device.type == "cpu":
@@ -299,6 +305,8 @@ class _Prefetcher:
         self._read = loader._read
         self._change = change
         self._process = os.getpid()
+        # The caller's, on which the tensors are used: torch gives out their memory again only after that.
+        self._stream = cuda.current_stream(loader.device)
         # Not one thread a group: starting one waits for it, and so would let it decode while the caller, who is about
         # to drop the layer before, still holds that.
         self._asked: queue.SimpleQueue[Sequence[TensorInfo] | None] = queue.SimpleQueue()
@@ -321,7 +329,8 @@ class _Prefetcher:
                 if tensors is None:
                     return
                 try:
-                    self._done.put((self._read(tensors, self._change, self._stop), None))
+                    with cuda.on_stream(self._stream):
+                        self._done.put((self._read(tensors, self._change, self._stop), None))
                 except BaseException as error:  # raised again in the thread that takes the group
                     self._done.put((None, error))
                 if self._stop.is_set():

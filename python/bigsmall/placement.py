@@ -1,23 +1,23 @@
-"""Tensors decoded into the memory of a device, by way of a few host buffers: while the bytes of one are copied, the
-next ones are decoded.
+"""Tensors decoded into the memory of a device.
 
-`run` moves chunks and knows neither decoding nor CUDA. A producer fills a host buffer with the bytes of a chunk, and a
-`Device` takes them from there. What these bytes are is between the two: here they are decoded ones, and the device
-copies them to their place. A device that decodes by itself gets payloads instead, and has in `send` its copy followed
-by its kernel.
+`decode` has the device decode them itself where it can: CUDA devices by the library (`cuda`), those of ROCm by Triton
+(`_triton`). Else they are decoded on the CPU by way of a few host buffers: while the bytes of one are copied, the next
+ones are decoded. `run` moves chunks and knows neither decoding nor CUDA. A producer fills a host buffer with the bytes
+of a chunk, and a `Device` copies them from there to their place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Callable, NamedTuple
 
 import torch
 
-from bigsmall import _native, errors
+from bigsmall import _native, cuda, errors
 from bigsmall.reader import Destination, Reader, TensorInfo
 
 # With two, decoding waits wherever a copy takes longer than a decode; the third evens that out.
@@ -158,13 +158,10 @@ class Cuda(Device):
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         super().__init__(tensors)
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        # Torch gives out memory again that work queued on the current stream still reads.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._stream = cuda.side_stream(device)
 
     def host_buffer(self, n_bytes: int) -> torch.Tensor:
-        with torch.cuda.device(self._device):
-            return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        return cuda.page_locked(n_bytes, self._device)
 
     def send(self, buffer: torch.Tensor, chunk: Chunk) -> Any:
         with torch.cuda.stream(self._stream):
@@ -228,6 +225,92 @@ def _drain(device: Device) -> None:
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def decode(
+    reader: Reader,
+    tensors: Sequence[TensorInfo],
+    into: Mapping[str, torch.Tensor],
+    device: torch.device,
+    *,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: bool = False,
+) -> None:
+    """Decodes whole tensors to where `into`, name to tensor, has them: contiguous, on a device other than the CPU. Where
+    a GPU cannot decode them itself a warning says why, once in a process.
+
+    tensors : of different names
+    workers : threads, None for all available
+    verify  : compare every tensor's MD5 too; ChecksumMismatch where one differs. What a GPU has decoded is copied back
+              for that
+
+    All are complete when this returns, for use on any stream. Raises what Reader.decode_many and Reader.decode_cuda
+    raise, and torch's own errors of the device. The contents are undefined then.
+    """
+    if device.type == "cuda":
+        obstacle = _decode_there(reader, tensors, into, device, workers, progress)
+        if obstacle is None:
+            if verify:
+                _verify_there(reader, tensors, into)
+            return
+        _warn_once(f"{obstacle}: tensors are decoded on the CPU and copied to the device, which takes longer")
+        there: Device = Cuda(into, device)
+    else:
+        there = Device(into)
+    fill(reader, tensors, there, workers=workers, verify=verify, progress=progress)
+
+
+def _decode_there(
+    reader: Reader,
+    tensors: Sequence[TensorInfo],
+    into: Mapping[str, torch.Tensor],
+    device: torch.device,
+    workers: int | None,
+    progress: bool,
+) -> str | None:
+    """Has the GPU decode, or says why it does not."""
+    if torch.version.hip is not None:
+        try:
+            from bigsmall import _triton
+        except ImportError as missing:
+            return f"decoding on a GPU of ROCm needs Triton ({missing})"
+        _triton.decode(reader, [(tensor, into[tensor.name]) for tensor in tensors])
+        return None
+    obstacle = cuda.unavailable(device)
+    if obstacle is None:
+        try:
+            cuda.decode(reader, tensors, into, device, workers=workers, progress="loading" if progress else None)
+        except errors.NoDevice as reason:
+            return str(reason)
+    return obstacle
+
+
+def _verify_there(reader: Reader, tensors: Sequence[TensorInfo], into: Mapping[str, torch.Tensor]) -> None:
+    for tensor in tensors:
+        digest = hashlib.md5(usedforsecurity=False)
+        if tensor.n_bytes:
+            for part in into[tensor.name].reshape(-1).view(torch.uint8).split(_SMALLEST_BUFFER_BYTES):
+                digest.update(part.cpu().numpy())
+        _compare_md5(reader, tensor, digest.hexdigest())
+
+
+def _compare_md5(reader: Reader, tensor: TensorInfo, found: str) -> None:
+    expected = reader.info()["tensors"][tensor.position]["md5"]
+    if found != expected:
+        raise errors.ChecksumMismatch(
+            f"{reader.path}: tensor {tensor.name!r}: MD5 of the decoded bytes is {found}, the header says {expected}"
+        )
+
+
+_warned = False
+
+
+def _warn_once(text: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def fill(
@@ -305,9 +388,4 @@ class _Decoder:
         if part.n_bytes:
             self._digest.update(_native.buffer_at(address, part.n_bytes))
         if part.last:
-            expected = self._reader.info()["tensors"][part.tensor.position]["md5"]
-            if self._digest.hexdigest() != expected:
-                raise errors.ChecksumMismatch(
-                    f"{self._reader.path}: tensor {part.tensor.name!r}: MD5 of the decoded bytes is "
-                    f"{self._digest.hexdigest()}, the header says {expected}"
-                )
+            _compare_md5(self._reader, part.tensor, self._digest.hexdigest())

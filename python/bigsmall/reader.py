@@ -7,7 +7,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,17 @@ class Parts(Protocol):
     ) -> contextlib.AbstractContextManager[None]:
         """Brings these bytes into memory, and keeps them there until the context ends; from any thread. Where `stop` is
         set from another one meanwhile, it may give up by any exception."""
+
+
+class Workspace(Protocol):
+    """What a call works with on a CUDA device; bigsmall.cuda has it for torch's devices."""
+
+    @property
+    def job(self) -> Any:
+        """A bs_cuda_job, as _native.cuda_job makes it."""
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        """Makes the device the current one of the thread that enters this, which is the one that makes the call."""
 
 
 # Compressed bytes of Parts that are brought in at once; the next so many come while these are decoded.
@@ -271,14 +282,43 @@ class Reader:
         self, destinations: Iterable[Destination], *, workers: int | None = None, progress: str | None = None
     ) -> None:
         """Decodes whole tensors, all at once over all workers. On failure the contents of the memory are undefined."""
+
+        def decode(todo: Sequence[Destination], label: str | None) -> None:
+            self._decode(todo, workers, label)
+
+        self._decode_fetched(decode, destinations, progress)
+
+    def decode_cuda(
+        self,
+        destinations: Iterable[Destination],
+        workspace: Workspace,
+        *,
+        workers: int | None = None,
+        progress: str | None = None,
+    ) -> None:
+        """The same in the memory of a CUDA device, where the addresses are. All is in place when this returns, and when
+        it raises nothing is written any more. NoDevice where that device cannot, DeviceError where it fails."""
+
+        def decode(todo: Sequence[Destination], label: str | None) -> None:
+            self._decode_cuda(todo, workspace, workers, label)
+
+        self._decode_fetched(decode, destinations, progress)
+
+    def _decode_fetched(
+        self,
+        decode: Callable[[Sequence[Destination], str | None], None],
+        destinations: Iterable[Destination],
+        progress: str | None,
+    ) -> None:
+        """Has them decoded at once; where compressed bytes have to come first, group by group as these come."""
         todo = [destination for destination in destinations if destination.tensor.n_bytes]
         self._live()
         if self._parts is not None:
-            self._fetch_and_decode(self._parts, todo, workers, progress)
+            self._fetch_and_decode(self._parts, todo, decode, progress)
         elif todo:
-            self._decode(todo, workers, progress)
+            decode(todo, progress)
 
-    def _decode(self, todo: Sequence[Destination], workers: int | None, progress: str | None = None) -> None:
+    def _decode(self, todo: Sequence[Destination], workers: int | None, progress: str | None) -> None:
         handle = self._live()
         ffi, lib = _native.library()
         items = ffi.new("bs_decode_item[]", len(todo))
@@ -294,8 +334,33 @@ class Reader:
             paths=[self.path],
         )
 
+    def _decode_cuda(
+        self, todo: Sequence[Destination], workspace: Workspace, workers: int | None, progress: str | None
+    ) -> None:
+        handle = self._live()
+        ffi, lib = _native.library()
+        items = ffi.new("bs_cuda_item[]", len(todo))
+        for item, (tensor, address) in zip(items, todo):
+            item.index, item.dst, item.dst_cap = tensor.position, address, tensor.n_bytes
+
+        def call(job: Any, error: Any) -> int:
+            with workspace.current():
+                return int(lib.bs_reader_decode_cuda(handle.raw, items, len(items), workspace.job, job, error))
+
+        _native.call_long(
+            call,
+            workers=workers,
+            n_bytes=sum(destination.tensor.n_bytes for destination in todo),
+            progress=progress,
+            paths=[self.path],
+        )
+
     def _fetch_and_decode(
-        self, parts: Parts, todo: Sequence[Destination], workers: int | None, progress: str | None
+        self,
+        parts: Parts,
+        todo: Sequence[Destination],
+        decode: Callable[[Sequence[Destination], str | None], None],
+        progress: str | None,
     ) -> None:
         groups: list[tuple[list[Destination], list[Span]]] = []
         room = 0
@@ -317,7 +382,7 @@ class Reader:
                     with present.held():
                         if number + 1 < len(groups):
                             coming = _Fetch(parts, groups[number + 1][1])
-                        self._decode(destinations, workers)
+                        decode(destinations, None)
                 except BaseException:
                     for fetch in (present, coming):
                         if fetch is not None:

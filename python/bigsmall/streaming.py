@@ -168,14 +168,15 @@ class TensorSlice:
                 selection = self._in_storage(index, shape, selection)
             if selection is None:
                 return self._framework.read(self._reader, [self._tensor])[self._tensor.name][index]
+            if _is_whole(selection, self._tensor.shape):  # which a GPU decodes by itself
+                return self._framework.read(self._reader, [self._tensor])[self._tensor.name]
             return self._framework.read_part(self._reader, self._tensor, selection)
 
     def _in_storage(self, index: Any, shape: tuple[int, ...], selection: _slices.Selection | None) -> _slices.Selection:
         """The storage elements for a selection of the values of a packed tensor."""
         stored = self._tensor.shape
         if selection is not None:
-            everything = selection.ranges == tuple(range(size) for size in shape)
-            if everything and selection.shape == shape:
+            if _is_whole(selection, shape):
                 return _slices.Selection(tuple(range(size) for size in stored), stored, tuple(range(len(stored))))
             # The last dimension must be the last of the result too: it is the one that is halved.
             if self._tensor.dtype == F4 and len(stored) == len(shape) and selection.sources[-1:] == (len(shape) - 1,):
@@ -191,13 +192,17 @@ class TensorSlice:
         )
 
 
+def _is_whole(selection: _slices.Selection, shape: tuple[int, ...]) -> bool:
+    return selection.shape == shape and selection.ranges == tuple(range(size) for size in shape)
+
+
 _Slice = TypeVar("_Slice", bound=TensorSlice)
 
 
-def torch_slices(reader: Reader, kind: type[_Slice]) -> dict[str, _Slice]:
-    """A slice of that class for each tensor, in the order of the file. They share the reader, which closes with the
-    last of them. Their errors are as those of safe_open."""
-    framework = _Framework("torch", "cpu", None)
+def torch_slices(reader: Reader, kind: type[_Slice], device: Any = "cpu") -> dict[str, _Slice]:
+    """A slice of that class for each tensor, in the order of the file, that gives tensors on a device. They share the
+    reader, which closes with the last of them. Their errors are as those of safe_open."""
+    framework = _Framework("torch", device, None)
     return {tensor.name: kind(reader, tensor, framework) for tensor in reader.tensors}
 
 

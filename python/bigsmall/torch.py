@@ -78,7 +78,7 @@ def stand_in(shape: Sequence[int]) -> torch.Tensor:
 
 
 def as_device(device: str | int | torch.device | None) -> torch.device:
-    """The device of that name, None for the CPU, which is there and takes tensors.
+    """The device of that name, None for the CPU, which is there and takes tensors; "cuda" is the current one of them.
 
     InvalidArgument where torch knows none of that name, or the machine has fewer of them; Unsupported where there is
     none at all, or this torch is not built for it.
@@ -89,6 +89,8 @@ def as_device(device: str | int | torch.device | None) -> torch.device:
         raise errors.InvalidArgument(f"device {device} is invalid: {error}") from error
     if target.type == "cuda":
         _check_cuda(target)
+        if target.index is None:  # now, since another thread may have another current device
+            target = torch.device("cuda", torch.cuda.current_device())
     elif target.type not in ("cpu", "meta"):
         try:
             torch.empty(0, device=target)
@@ -149,12 +151,17 @@ def load(
     verify  : compare every tensor's MD5 too. The checksum of every block is always verified
 
     Each tensor is fresh, writable memory of its own, also where the file stores two names once. Shapes are those of the
-    source but for float4_e2m1fn_x2, whose last dimension is halved. On a device other than the CPU, the host memory in
-    use is three buffers of 64 to 256 MiB, or less where less is needed: page-locked ones for CUDA, which are copied
-    while the next bytes are decoded, and which torch keeps for the next time.
+    source but for float4_e2m1fn_x2, whose last dimension is halved.
+
+    A GPU decodes the tensors itself: their compressed bytes go there, by way of 4 to 128 MiB of page-locked and as much
+    of its own memory, which torch keeps for the next time; `verify` copies the tensors back. Where the GPU cannot do so
+    (one older than compute capability 7.0, one of ROCm without Triton) a warning says why, and tensors are decoded on
+    the CPU and copied, as for every other device: by way of three buffers of 64 to 256 MiB, or less where less is
+    needed.
 
     Raises OSError (FileNotFoundError, ...), Corrupt, Truncated, ChecksumMismatch, WrongBase, InvalidArgument where
-    there is no such device, or Unsupported where this torch lacks a dtype or this machine CUDA.
+    there is no such device, Unsupported where this torch lacks a dtype or this machine CUDA, or DeviceError where the
+    GPU fails.
     """
     target = as_device(device)
     with Reader(path, base) as reader:
@@ -180,8 +187,7 @@ def read(
     if target.type == "cpu":
         _decode(reader, tensors, loaded, workers=workers, verify=verify, progress=progress)
     elif target.type != "meta":
-        there = placement.Cuda(loaded, target) if target.type == "cuda" else placement.Device(loaded)
-        placement.fill(reader, tensors, there, workers=workers, verify=verify, progress=progress)
+        placement.decode(reader, tensors, loaded, target, workers=workers, verify=verify, progress=progress)
     return loaded
 
 

@@ -167,7 +167,7 @@ def model_of(
     _refuse_torchao(config, readers[0].path)
     tensors: dict[str, Any] = {}
     for reader in readers:
-        tensors.update(_decoded(reader) if _zero3() else torch_slices(reader, LazyTensor))
+        tensors.update(_decoded(reader) if _zero3() else torch_slices(reader, LazyTensor, _gpu_of(places)))
     loaded = concrete.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.name_or_path = model.config._name_or_path = str(config_source)
@@ -194,6 +194,19 @@ def _zero3() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
+
+
+def _gpu_of(places: Any) -> Any:
+    """The GPU that a device_map has the whole model on, where it decodes the tensors; else the CPU."""
+    import torch
+
+    if isinstance(places, dict):
+        places = places.get("") if len(places) == 1 else None
+    try:
+        device = torch.device("cpu" if places is None else places)
+    except (RuntimeError, TypeError):  # "auto" and the like, which transformers makes a dict of later
+        return "cpu"
+    return device if device.type == "cuda" else "cpu"
 
 
 def _decoded(reader: Reader) -> dict[str, Any]:
