@@ -6,6 +6,7 @@
     from_pretrained                 the weights of a model, local or on the Hugging Face Hub
     install_hook, uninstall_hook    lets transformers, diffusers and others load `.bs` files
     StreamingLoader, StreamingModel  a model layer by layer
+    CompressedLinear, CompressedEmbedding  modules whose weights stay compressed in the memory of a GPU
     compress_for_hub, upload_to_hub  repositories of `.bs` files
     save_file                       `.bs` files from tensors in memory
     info, verify                    what a file holds, and whether it is whole
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         set_cpu,
         verify,
     )
+    from bigsmall.compressed import CompressedEmbedding, CompressedLinear
     from bigsmall.hub import from_pretrained
     from bigsmall.integrations.huggingface import install_hook, uninstall_hook
     from bigsmall.layers import StreamingLoader
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 # Name to the module that has it.
 _EXPORTS = {
     "BadTensor": "api",
+    "CompressedEmbedding": "compressed",
+    "CompressedLinear": "compressed",
     "StreamingLoader": "layers",
     "StreamingModel": "streaming_model",
     "VerifyReport": "api",
@@ -71,6 +75,8 @@ _EXPORTS = {
 
 __all__ = [
     "BadTensor",
+    "CompressedEmbedding",
+    "CompressedLinear",
     "StreamingLoader",
     "StreamingModel",
     "VerifyReport",

@@ -36,6 +36,11 @@ def current_stream(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def current_stream_number(device: torch.device) -> int:
+    """Torch's current stream on a GPU, as the library takes it."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
     """Makes that the current one of this thread."""
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
@@ -47,7 +52,8 @@ def page_locked(n_bytes: int, device: torch.device) -> torch.Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
-def _device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
+def device_memory(n_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory of the device."""
     return torch.empty(n_bytes, dtype=torch.uint8, device=device)
 
 
@@ -96,7 +102,7 @@ class Workspace:
 def _staged_on_device(size: int, device: torch.device) -> torch.Tensor:
     while True:
         try:
-            return _device_memory(size, device)
+            return device_memory(size, device)
         except torch.cuda.OutOfMemoryError as error:
             if size <= _LEAST_STAGED_BYTES:
                 raise errors.NoDevice(f"device {device} has no {size >> 20} MiB left to stage through") from error

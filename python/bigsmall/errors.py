@@ -102,8 +102,8 @@ class DeviceError(BigSmallError, RuntimeError):
 
 
 class NoDevice(DeviceError):
-    """No CUDA device here decodes: there is no driver or device, or none that is new enough, or it has no memory to work
-    with. Loading decodes on the CPU then, and copies."""
+    """No CUDA device here decodes: there is no driver or device, or none that is new enough, or it has no memory to
+    work with. Loading decodes on the CPU then, and copies."""
 
     status = NO_DEVICE
 

@@ -131,6 +131,11 @@ class StreamingLoader:
     # ---- what is in it ----
 
     @property
+    def reader(self) -> Reader:
+        """The opened files."""
+        return self._opened()
+
+    @property
     def tensors(self) -> list[TensorInfo]:
         """All tensors, in the order of the file."""
         return self._opened().tensors

@@ -237,8 +237,8 @@ def decode(
     verify: bool = False,
     progress: bool = False,
 ) -> None:
-    """Decodes whole tensors to where `into`, name to tensor, has them: contiguous, on a device other than the CPU. Where
-    a GPU cannot decode them itself a warning says why, once in a process.
+    """Decodes whole tensors to where `into`, name to tensor, has them: contiguous, on a device other than the CPU.
+    Where a GPU cannot decode them itself a warning says why, once in a process.
 
     tensors : of different names
     workers : threads, None for all available

@@ -355,6 +355,31 @@ class Reader:
             paths=[self.path],
         )
 
+    def weight_bytes(self, tensor: TensorInfo) -> int:
+        """Memory of a CUDA device that `open_weight` needs for a tensor. Unsupported where its form is none that a
+        device decodes."""
+        ffi, lib = _native.library()
+        n_bytes, error = ffi.new("size_t *"), ffi.new("bs_error *")
+        _native.check(lib.bs_reader_weight_bytes(self._live().raw, tensor.position, n_bytes, error), error, [self.path])
+        return int(n_bytes[0])
+
+    def open_weight(
+        self, tensor: TensorInfo, memory: _native.Memory, workspace: Workspace, owner: Any
+    ) -> _native.Handle:
+        """A bs_weight: the tensor, compressed, in memory of a CUDA device that `owner` keeps alive. Raises what
+        `decode_cuda` raises, and Unsupported where some block is none that a device decodes."""
+        ffi, lib = _native.library()
+        handle = self._live()
+        out = ffi.new("bs_weight **")
+
+        def call(job: Any, error: Any) -> int:
+            with workspace.current():
+                return int(lib.bs_weight_open(handle.raw, tensor.position, *memory, workspace.job, job, out, error))
+
+        with self.holding(tensor):
+            _native.call_long(call, workers=None, n_bytes=tensor.n_bytes, progress=None, paths=[self.path])
+        return _native.Handle(out[0], lib.bs_weight_close, owner)
+
     def _fetch_and_decode(
         self,
         parts: Parts,

@@ -27,7 +27,7 @@ _NAMES_SHOWN = 5
 _NOT_INSTALLED = "StreamingModel needs transformers, which is not installed: pip install bigsmall[hf]"
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a tensor of the checkpoint goes: a parameter or buffer `name` of a module, `stand_in` while it is away."""
 
     source: TensorInfo
@@ -68,7 +68,7 @@ class StreamingModel:
     the files at its end.
     """
 
-    def __init__(self, model: Any, loader: StreamingLoader, layers: Mapping[LayerName, Sequence[_Place]]) -> None:
+    def __init__(self, model: Any, loader: StreamingLoader, layers: Mapping[LayerName, Sequence[Place]]) -> None:
         self.model = model
         self.loader = loader
         self._layers = {layer: list(layers[layer]) for layer in sorted(layers)}
@@ -125,10 +125,10 @@ class StreamingModel:
             if config_dir is None:
                 where.update(subfolder=subfolder, revision=revision)
             directory = _directory(path_or_repo if config_dir is None else config_dir)
-            config = _read_config(directory, where)
-            model = _skeleton(config, _dtype(dtype, config, loader.tensors), directory)
+            config = read_config(directory, where)
+            model = skeleton(config, dtype_of(dtype, config, loader.tensors), directory)
             layers = _load_but_layers(model, loader)
-            _read_generation_config(model, directory, where)
+            read_generation_config(model, directory, where)
             return cls(model, loader, layers)
         except BaseException:
             loader.close()
@@ -247,7 +247,8 @@ def _directory(path_or_repo: str | os.PathLike[str]) -> str:
     return os.path.dirname(path) or "." if os.path.isfile(path) else path
 
 
-def _read_config(where: str, options: Mapping[str, Any]) -> Any:
+def read_config(where: str, options: Mapping[str, Any]) -> Any:
+    """config.json of a directory or repository, of a model that needs no code of its own."""
     try:
         from transformers import AutoConfig
     except ModuleNotFoundError as missing:
@@ -263,7 +264,7 @@ def _read_config(where: str, options: Mapping[str, Any]) -> Any:
     with _no_custom_code(where):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     if getattr(config, "quantization_config", None) is not None:
-        raise errors.Unsupported(f"{where}: StreamingModel does not run quantised models")
+        raise errors.Unsupported(f"{where}: quantised models are not for StreamingModel or resident='compressed'")
     return config
 
 
@@ -281,7 +282,8 @@ def _no_custom_code(where: str) -> Generator[None, None, None]:
         ) from error
 
 
-def _read_generation_config(model: Any, where: str, options: Mapping[str, Any]) -> None:
+def read_generation_config(model: Any, where: str, options: Mapping[str, Any]) -> None:
+    """Gives the model its defaults of `generate`, where there are some."""
     from transformers import GenerationConfig
 
     # Without the file it is made of the model's configuration, which the model has done.
@@ -289,7 +291,7 @@ def _read_generation_config(model: Any, where: str, options: Mapping[str, Any]) 
         model.generation_config = GenerationConfig.from_pretrained(where, **options)
 
 
-def _dtype(wanted: str | torch.dtype | None, config: Any, tensors: Sequence[TensorInfo]) -> torch.dtype:
+def dtype_of(wanted: str | torch.dtype | None, config: Any, tensors: Sequence[TensorInfo]) -> torch.dtype:
     """The dtype that transformers makes the model in, with "auto" where none is named."""
     dtype: Any = wanted
     if dtype is None or dtype == "auto":
@@ -304,8 +306,9 @@ def _dtype(wanted: str | torch.dtype | None, config: Any, tensors: Sequence[Tens
     return dtype
 
 
-def _skeleton(config: Any, dtype: torch.dtype, where: str) -> Any:
-    """The model with all parameters on the meta device."""
+def skeleton(config: Any, dtype: torch.dtype, where: str, model_class: Any = None) -> Any:
+    """The model with all parameters on the meta device; model_class is an Auto class or a class of models, None for
+    AutoModelForCausalLM."""
     from transformers import AutoModelForCausalLM
 
     parts = [getattr(config, name) for name in getattr(config, "sub_configs", {})]
@@ -318,12 +321,15 @@ def _skeleton(config: Any, dtype: torch.dtype, where: str) -> Any:
         # transformers 5, which makes buffers anew after loading.
         on_meta = functools.partial(torch.device, "meta")
     with _no_custom_code(where), torch.device("cpu"), on_meta():  # whatever torch.set_default_device says
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        if model_class is None or hasattr(model_class, "_model_mapping"):
+            model = (model_class or AutoModelForCausalLM).from_config(config, dtype=dtype, trust_remote_code=False)
+        else:
+            model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
-def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, list[_Place]]:
+def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, list[Place]]:
     """Gives the model everything but the parameters of its layers. Returns where those go."""
     empty = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
     layers_of: dict[int, set[LayerName | None]] = {}
@@ -341,10 +347,31 @@ def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, lis
             f"with a number after one of {', '.join(LAYER_WORDS)} in their names, so all of it would be in memory; "
             "bigsmall.integrations.huggingface.from_pretrained loads it whole"
         )
-    sources = _sources(model, empty, loader)
-    layers: dict[LayerName, list[_Place]] = {}
-    fixed: list[_Place] = []
-    keep_in_fp32 = _kept_in_fp32(model, empty)
+    sources = sources_of(model, empty, loader)
+    layers: dict[LayerName, list[Place]] = {}
+    fixed: list[Place] = []
+    for name, place in places_of(model, sources, empty, loader).items():
+        layer = streamed_layer(name)
+        if layer is not None:
+            layers.setdefault(layer, []).append(place)
+        else:
+            fixed.append(place)
+
+    make_buffers(model, sources)
+    fill(loader, fixed)
+    for place in (place for places in layers.values() for place in places):
+        place.empty()  # in the dtype it will have
+    streamed = {id(place.stand_in) for places in layers.values() for place in places}
+    finish(model, loader, empty.keys() - sources.keys(), streamed)
+    return layers
+
+
+def places_of(
+    model: Any, sources: Mapping[str, TensorInfo], empty: Mapping[str, torch.Tensor], loader: StreamingLoader
+) -> dict[str, Place]:
+    """Where the tensors go, of parameters and buffers that are on the meta device, by their names in the model."""
+    places = {}
+    keep_in_fp32 = kept_in_fp32(model, empty)
     for name, source in sources.items():
         tensor = empty[name]
         if tuple(tensor.shape) != source.shape:
@@ -357,39 +384,38 @@ def _load_but_layers(model: Any, loader: StreamingLoader) -> dict[LayerName, lis
             if isinstance(empty[name], torch.nn.Parameter):
                 tensor = torch.nn.Parameter(tensor, requires_grad=False)
         module_name, _, leaf = name.rpartition(".")
-        place = _Place(source, model.get_submodule(module_name), leaf, tensor)
-        layer = streamed_layer(name)
-        if layer is not None:
-            layers.setdefault(layer, []).append(place)
-        else:
-            fixed.append(place)
+        places[name] = Place(source, model.get_submodule(module_name), leaf, tensor)
+    return places
 
-    _make_buffers(model, sources)
-    dtypes = {place.source.name: place.stand_in.dtype for place in fixed}
-    group = ("", [place.source for place in fixed])
+
+def fill(loader: StreamingLoader, places: Sequence[Place]) -> None:
+    """Loads the tensors of these places."""
+    dtypes = {place.source.name: place.stand_in.dtype for place in places}
+    group = ("", [place.source for place in places])
     for _, tensors in loader.iter_groups([group], lambda name, tensor: _as_dtype(tensor, dtypes[name])):
-        for place in fixed:
+        for place in places:
             place.fill(tensors.pop(place.source.name))
-    for place in (place for places in layers.values() for place in places):
-        place.empty()  # in the dtype it will have
+
+
+def finish(model: Any, loader: StreamingLoader, untied: set[str], away: set[int]) -> None:
+    """Puts buffers where the model runs, ties what no tensor was for, and makes sure that nothing is on the meta device
+    but the tensors with these ids."""
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:
             module_name, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module_name), leaf, buffer.to(loader.device))
-    _tie(model, empty.keys() - sources.keys())
-
-    streamed = {id(place.stand_in) for places in layers.values() for place in places}
+    if untied:
+        _tie(model, untied)
     absent = [
         name
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if torch.is_tensor(tensor) and tensor.is_meta and id(tensor) not in streamed
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_meta and id(tensor) not in away
     ]
     if absent:
         raise errors.NotFound(
             f"{loader.path} has no tensor for {_listed(absent)} of {type(model).__name__}: it is incomplete, "
             "or names its tensors in another way than this version of transformers"
         )
-    return layers
 
 
 def _runs_by_itself(model: Any, layer: LayerName) -> bool:
@@ -401,7 +427,7 @@ def _runs_by_itself(model: Any, layer: LayerName) -> bool:
     return type(module).forward is not torch.nn.Module.forward
 
 
-def _sources(model: Any, empty: Mapping[str, torch.Tensor], loader: StreamingLoader) -> dict[str, TensorInfo]:
+def sources_of(model: Any, empty: Mapping[str, torch.Tensor], loader: StreamingLoader) -> dict[str, TensorInfo]:
     """The tensor of the checkpoint for each parameter and persistent buffer of the model that has one."""
     prefix = f"{model.base_model_prefix}."
 
@@ -468,7 +494,7 @@ def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
     return rename
 
 
-def _kept_in_fp32(model: Any, names: Iterable[str]) -> set[str]:
+def kept_in_fp32(model: Any, names: Iterable[str]) -> set[str]:
     """The names that transformers leaves in float32 in a model of another dtype."""
     dtype = model.config.dtype
     modules: set[str] = set()
@@ -487,7 +513,7 @@ def _kept_in_fp32(model: Any, names: Iterable[str]) -> set[str]:
     return {name for name in names if pattern.search(name)}
 
 
-def _make_buffers(model: Any, sources: Mapping[str, TensorInfo]) -> None:
+def make_buffers(model: Any, sources: Mapping[str, TensorInfo]) -> None:
     """Gives values to the buffers that no checkpoint has, such as frequencies of rotary embeddings."""
     persistent = model.state_dict(keep_vars=True)
     may_miss = _any_of(model._keys_to_ignore_on_load_missing)

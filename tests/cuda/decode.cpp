@@ -114,10 +114,10 @@ static void good(const Case &c, std::mt19937_64 &random) {
         if (c.head.word_bytes == 1) continue;
         const u64 n = c.head.n_words;
         const u32 most = 2u << (kBlockLog - log);
-        for (u32 row : {1u, 7u, 64u, 1000u, 4096u, most}) {
+        for (u32 row : {1u, 7u, 1000u, most}) {
             if (n < row) continue;
             std::vector<i64> ids = {0, i64(n / row - 1)};
-            while (ids.size() < 6) ids.push_back(i64(random() % (n / row)));
+            while (ids.size() < 4) ids.push_back(i64(random() % (n / row)));
             const size_t bytes = size_t(row) * c.head.word_bytes;
             Exact rows(ids.size() * bytes);
             expect(l.gather(ids, row, rows) == sound, "a row of " + number(row) + " words is not in order");

@@ -353,7 +353,7 @@ int injected(const std::string &name, unsigned long n) {
     return 0;
 }
 
-enum Needs { kNothing, kInit, kCurrent };
+enum Needs { kNothing, kInit, kContext, kCurrent };  // kCurrent: a context that works
 
 // What every function begins with. Holds the lock from here on.
 struct Call {
@@ -372,10 +372,10 @@ struct Call {
         if (order == kRandom) {
             for (unsigned k = draw() % 4; k > 0; k--) demand_any();
         }
-        if (needs == kCurrent) {
+        if (needs >= kContext) {
             context = current.empty() ? nullptr : current.back();
             if (!context || !context->alive) error = kInvalidContext;
-            else error = sticky;
+            else if (needs == kCurrent) error = sticky;
         }
     }
 };
@@ -847,7 +847,7 @@ EXPORT int cuCtxPopCurrent_v2(Context **context) {
 }
 
 EXPORT int cuCtxGetDevice(int *device) {
-    BEGIN(kCurrent);
+    BEGIN(kContext);
     if (!device) return kInvalidValue;
     *device = call.context->device;
     return 0;

@@ -1,5 +1,5 @@
-"""A CUDA driver for machines without a GPU: builds tests/cuda/fakecuda.cpp as libcuda.so.1, gives the environment in which
-a process finds it, and, in such a process, what a caller of bigsmall does with a driver."""
+"""A CUDA driver for machines without a GPU: builds tests/cuda/fakecuda.cpp as libcuda.so.1, gives the environment in
+which a process finds it, and, in such a process, what a caller of bigsmall does with a driver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(source: str, target: str, *flags: str) -> Path:
         pytest.skip("needs g++")
     command = [compiler, *FLAGS, *flags]
     digest = hashlib.sha256(repr((command, target)).encode())
-    for path in (KERNEL, *sorted(SOURCES.iterdir())):
+    for path in (KERNEL, SOURCES / "emu.h", SOURCES / source):
         digest.update(path.read_bytes())
     root = REPOSITORY / "build" / "fakecuda"
     folder = root / digest.hexdigest()[:16]
@@ -58,7 +58,7 @@ def build(source: str, target: str, *flags: str) -> Path:
 
 
 def environment(**variables: object) -> dict[str, str]:
-    """Environment variables for a process that is to find the fake driver; devices=0 sets FAKECUDA_DEVICES, and so on."""
+    """Environment variables for a process that is to find the fake driver; devices=0 is FAKECUDA_DEVICES, and so on."""
     library = build(
         "fakecuda.cpp", "libcuda.so.1", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1"
     )

@@ -1,0 +1,422 @@
+"""Weights that stay compressed in the memory of a GPU and are decoded just before they are used.
+
+A matrix is decoded whole, into memory that all modules of a model share, and then the very product runs that the
+ordinary module would run: same shape, strides, dtype and alignment. So results are equal bit for bit. Parts of a
+matrix would stay in the second cache until the product reads them, but a product of another shape may run another
+kernel, which adds in another order; and a part has too few streams to keep a GPU busy. On an H100 a BF16 matrix of
+4096 x 4096 decodes in 68 us, and larger ones at 0.75 TB/s and more.
+
+Needs torch and a CUDA device of compute capability 7.5 or higher.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from bigsmall import _native, errors
+from bigsmall.layers import StreamingLoader
+from bigsmall.reader import Reader, TensorInfo
+
+# isort: split
+import torch  # after layers, which says what to do where it is missing
+
+from bigsmall import cuda
+
+_BLOCK_ELEMENTS = 1 << 16
+
+# A row that is gathered alone has at most this many elements; see bs_weight_gather.
+_LONGEST_ROW = 1 << 14
+
+# Matrices larger than this are decoded and multiplied in slices of rows: output layers, which have many.
+_MOST_SCRATCH_BYTES = 288 << 20
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class CompressedWeight:
+    """A matrix of shape [rows, columns] that is compressed in the memory of a GPU.
+
+    reader : an open file that has it; it may be closed afterwards
+    tensor : name or description of a 2-D tensor of bfloat16, float16 or float32
+    device : a CUDA device
+
+    Unsupported where its form is one for the CPU (keep it decoded then), NoDevice or DeviceError from the device, and
+    what decoding raises for damaged files: every block is verified on the device.
+    """
+
+    def __init__(self, reader: Reader, tensor: str | TensorInfo, device: torch.device) -> None:
+        if isinstance(tensor, str):
+            tensor = reader.find(tensor)
+        self.dtype: torch.dtype = getattr(torch, tensor.dtype.name)
+        if len(tensor.shape) != 2 or self.dtype not in _DTYPES:
+            raise errors.Unsupported(
+                f"{reader.path}: tensor {tensor.name!r} of shape {list(tensor.shape)} and dtype {tensor.dtype.name} is "
+                "no matrix of bfloat16, float16 or float32: keep it decoded"
+            )
+        self.rows, self.columns = tensor.shape
+        self.device = device
+        size = reader.weight_bytes(tensor)
+        # 256 more, so that the library's part begins at a multiple of 256 wherever the allocator puts it.
+        self.buffer = cuda.device_memory(size + 256, device)
+        address = -(-self.buffer.data_ptr() // 256) * 256
+        workspace = cuda.Workspace(device, tensor.n_bytes)
+        self._handle = reader.open_weight(tensor, _native.Memory(address, size), workspace, self.buffer)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it has decoded."""
+        return int(self.rows * self.columns * self.dtype.itemsize)
+
+    @property
+    def n_bytes_compressed(self) -> int:
+        """Bytes that it takes of the device's memory."""
+        return int(self.buffer.numel())
+
+    def decode(self, out: torch.Tensor, first_row: int = 0) -> None:
+        """Starts decoding rows to `out`, of shape [n, columns] and contiguous, on the current stream. The first element
+        of first_row must be the first of a block of 65,536 elements, and the last that of one or of the matrix."""
+        stream = cuda.current_stream_number(self.device)
+        ffi, lib = _native.library()
+        error = ffi.new("bs_error *")
+        status = lib.bs_weight_decode(
+            self._handle.raw,
+            first_row * self.columns,
+            out.numel(),
+            out.data_ptr(),
+            out.numel() * out.element_size(),
+            ffi.cast("void *", stream),
+            error,
+        )
+        _native.check(status, error)
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        """Starts decoding row ids[i] to out[i], on the current stream. ids: int64, [n]; out: [n, columns]; both
+        contiguous."""
+        ffi, lib = _native.library()
+        error = ffi.new("bs_error *")
+        status = lib.bs_weight_gather(
+            self._handle.raw,
+            ids.data_ptr(),
+            ids.numel(),
+            self.columns,
+            out.data_ptr(),
+            out.numel() * out.element_size(),
+            ffi.cast("void *", cuda.current_stream_number(self.device)),
+            error,
+        )
+        _native.check(status, error)
+
+    def decoded(self) -> torch.Tensor:
+        """All of it, as an ordinary tensor."""
+        out = torch.empty(self.rows, self.columns, dtype=self.dtype, device=self.device)
+        if out.numel():
+            self.decode(out)
+        return out
+
+
+class Scratch:
+    """Device memory that the modules of one model decode to, one after the other: two halves, so that the next matrix
+    is decoded on a stream of its own while the product of this one runs.
+
+    Which matrix comes next is what came next before. Where another one comes it is decoded when it comes.
+    """
+
+    def __init__(self, device: torch.device, prefetch: bool = True, max_bytes: int = _MOST_SCRATCH_BYTES) -> None:
+        self.device = device
+        self.max_bytes = max_bytes
+        self.prefetch = prefetch
+        self._halves: list[torch.Tensor | None] = [None, None]
+        self._turn = 0
+        self._next: dict[CompressedWeight, CompressedWeight] = {}
+        self._last: CompressedWeight | None = None
+        self._coming: tuple[CompressedWeight, torch.Tensor, Any] | None = None
+        self._side: Any = None
+
+    def reserve(self, n_bytes: int) -> None:
+        """Makes the halves large enough. Before the first use."""
+        for half in range(2 if self.prefetch else 1):
+            self._halves[half] = cuda.device_memory(n_bytes, self.device)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(half.numel() for half in self._halves if half is not None)
+
+    def _room(self, rows: int, weight: CompressedWeight) -> torch.Tensor:
+        half = self._halves[self._turn]
+        n_bytes = rows * weight.columns * weight.dtype.itemsize
+        if half is None or half.numel() < n_bytes:
+            half = self._halves[self._turn] = cuda.device_memory(n_bytes, self.device)
+        return half[:n_bytes].view(weight.dtype).view(rows, weight.columns)
+
+    def rows_at_a_time(self, weight: CompressedWeight) -> int:
+        """All rows, or as many as a slice has: whole blocks of elements, and slices as equal as may be."""
+        if weight.n_bytes <= self.max_bytes:
+            return weight.rows
+        # Every unit-th row begins a block. A single unit may be more than max_bytes, but not much of the memory.
+        unit = _BLOCK_ELEMENTS // math.gcd(_BLOCK_ELEMENTS, weight.columns)
+        most = max(self.max_bytes // (weight.columns * weight.dtype.itemsize * unit), 1) * unit
+        slices = -(-weight.rows // most)
+        return min(-(-weight.rows // (slices * unit)) * unit, weight.rows)
+
+    def get(self, weight: CompressedWeight) -> torch.Tensor:
+        """The whole matrix, decoded; good until the next call but one."""
+        if not self.prefetch:
+            out = self._room(weight.rows, weight)
+            weight.decode(out)
+            return out
+        if self._last is not None:
+            self._next[self._last] = weight
+        self._last = weight
+        coming, self._coming = self._coming, None
+        current = cuda.current_stream(self.device)
+        if coming is not None:
+            current.wait_event(coming[2])
+        if coming is not None and coming[0] is weight:
+            out = coming[1]
+        else:
+            self._turn ^= 1
+            out = self._room(weight.rows, weight)
+            weight.decode(out)
+        self._begin(weight, current)
+        return out
+
+    def _begin(self, weight: CompressedWeight, current: Any) -> None:
+        """Begins to decode what came after this weight the last time, beside its product."""
+        following = self._next.get(weight)
+        if following is None or following.n_bytes > self.max_bytes:
+            return
+        if self._side is None:
+            self._side = cuda.side_stream(self.device)
+        self._turn ^= 1
+        out = self._room(following.rows, following)
+        # The half is free when all products before have been made.
+        self._side.wait_stream(current)
+        for used in (out, following.buffer):
+            used.record_stream(self._side)  # so that their memory is not given out again while this still runs
+        with cuda.on_stream(self._side):
+            following.decode(out)
+        self._coming = (following, out, self._side.record_event())
+
+    def product(self, x: torch.Tensor, weight: CompressedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+        """torch.nn.functional.linear of the decoded weight."""
+        rows = self.rows_at_a_time(weight)
+        if rows == weight.rows:
+            return torch.nn.functional.linear(x, self.get(weight), bias)
+        out = torch.empty(*x.shape[:-1], weight.rows, dtype=x.dtype, device=x.device)
+        for first in range(0, weight.rows, rows):
+            n = min(rows, weight.rows - first)
+            part = self._slice(weight, first, n)
+            out[..., first : first + n] = torch.nn.functional.linear(
+                x, part, None if bias is None else bias[first : first + n]
+            )
+        return out
+
+    def _slice(self, weight: CompressedWeight, first: int, n: int) -> torch.Tensor:
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            cuda.current_stream(self.device).wait_event(coming[2])
+        if self.prefetch:
+            self._turn ^= 1
+        self._last = None
+        out = self._room(n, weight)
+        weight.decode(out, first)
+        return out
+
+
+class CompressedLinear(torch.nn.Module):  # type: ignore[misc]
+    """torch.nn.Linear whose weight stays compressed. For inference: it has no gradients, and its weight is no
+    parameter.
+
+    weight  : of shape [out_features, in_features]
+    bias    : of shape [out_features], or None
+    scratch : the memory to decode to, of the model that this is part of; None for its own
+    """
+
+    def __init__(
+        self, weight: CompressedWeight, bias: torch.Tensor | None = None, scratch: Scratch | None = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.rows, weight.columns
+        self.compressed = weight
+        self.scratch = scratch or Scratch(weight.device)
+        self.register_parameter("bias", None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight: a new tensor at every use."""
+        return self.compressed.decoded()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scratch.product(x, self.compressed, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{_share(self.compressed)}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _refuse_to_move(fn, self.compressed)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
+class CompressedEmbedding(torch.nn.Module):  # type: ignore[misc]
+    """torch.nn.Embedding whose weight, of shape [num_embeddings, embedding_dim], stays compressed. The rows that are
+    asked for are decoded and no others. For inference.
+
+    An index that is out of range leaves its place of the result as it is: unlike torch.nn.Embedding, which stops the
+    device.
+    """
+
+    def __init__(self, weight: CompressedWeight, padding_idx: int | None = None) -> None:
+        super().__init__()
+        if weight.columns > _LONGEST_ROW:
+            raise errors.Unsupported(f"rows of {weight.columns} elements, of at most {_LONGEST_ROW}: keep it decoded")
+        self.num_embeddings, self.embedding_dim = weight.rows, weight.columns
+        self.padding_idx = padding_idx
+        self.compressed = weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight: a new tensor at every use."""
+        return self.compressed.decoded()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices of dtype {ids.dtype}, not int64 or int32")
+        flat = ids.reshape(-1).to(torch.int64).contiguous()
+        out = torch.empty(flat.numel(), self.embedding_dim, dtype=self.compressed.dtype, device=self.compressed.device)
+        if flat.numel():
+            self.compressed.gather(flat, out)
+        return out.view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {_share(self.compressed)}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _refuse_to_move(fn, self.compressed)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
+def _share(weight: CompressedWeight) -> str:
+    return f"dtype={weight.dtype}, compressed to {weight.n_bytes_compressed / max(weight.n_bytes, 1):.0%}"
+
+
+def _refuse_to_move(fn: Any, weight: CompressedWeight) -> None:
+    """`fn` is what Module.to and its like do to every parameter."""
+    probe = torch.empty(0, dtype=weight.dtype, device=weight.device)
+    moved = fn(probe)
+    if moved.dtype != probe.dtype or moved.device != probe.device:
+        raise errors.InvalidArgument(
+            f"a weight that is compressed in the memory of {weight.device} stays there, and of dtype {weight.dtype}: "
+            "load the model without resident='compressed' to move or change it"
+        )
+
+
+# ---- models of transformers ------------------------------------------------------------------------------------------
+
+
+def resident_model(
+    path: str | os.PathLike[str],
+    config: Any,
+    config_source: str,
+    device: torch.device,
+    *,
+    dtype: Any = None,
+    model_class: Any = None,
+    prefetch: bool = True,
+    max_scratch_bytes: int = _MOST_SCRATCH_BYTES,
+) -> Any:
+    """A model of transformers whose linear layers and embeddings are compressed on a GPU; its other parameters are
+    ordinary. Of the decoded model never more than those are in the GPU's memory.
+
+    config            : the model's, as transformers reads it from config_source, a directory or repository
+    dtype             : the checkpoint's; None or "auto" for the one that config.json names, or else that of the weights
+    model_class       : an Auto class or a class of transformers, None for AutoModelForCausalLM
+    prefetch          : decode the next matrix while the product of this one runs
+    max_scratch_bytes : of the matrices that are decoded whole; larger ones are decoded in slices of rows
+
+    Raises what `bigsmall.StreamingModel` raises; NoDevice where no GPU decodes; InvalidArgument where dtype is another
+    than the checkpoint's.
+    """
+    from bigsmall import streaming_model as making
+
+    why = cuda.unavailable(device)
+    if why is not None:
+        raise errors.NoDevice(f"{os.fsdecode(path)}: resident='compressed' needs a GPU that decodes: {why}")
+    loader = StreamingLoader(path, device)
+    try:
+        wanted = making.dtype_of(dtype, config, loader.tensors)
+        model = making.skeleton(config, wanted, config_source, model_class)
+        _fill(model, loader, wanted, Scratch(device, prefetch, max_scratch_bytes))
+    finally:
+        loader.close()
+    return model
+
+
+def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scratch) -> None:
+    from bigsmall import streaming_model as making
+
+    empty = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
+    sources = making.sources_of(model, empty, loader)
+    making.places_of(model, sources, empty, loader)  # raises where shapes differ
+    keep_in_fp32 = making.kept_in_fp32(model, empty)
+    making.make_buffers(model, sources)
+    reader = loader.reader
+    untied = empty.keys() - sources.keys()
+    kept: dict[int, CompressedWeight | None] = {}  # by the parameter, which several modules may share
+    done: set[str] = set()
+    largest = 0
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) not in (torch.nn.Linear, torch.nn.Embedding):
+            continue
+        parameter = module.weight
+        names = {other for other, tensor in empty.items() if tensor is parameter}
+        source = next((sources[other] for other in names if other in sources), None)
+        if source is None or names & keep_in_fp32:
+            continue
+        stored = getattr(torch, source.dtype.name)
+        if stored != dtype:
+            raise errors.InvalidArgument(
+                f"{loader.path}: tensor {source.name!r} is of dtype {stored}, and the model is to be of {dtype}: a "
+                'weight that stays compressed keeps its dtype; pass dtype="auto" or the checkpoint\'s own'
+            )
+        if isinstance(module, torch.nn.Embedding) and (module.max_norm is not None or source.shape[1] > _LONGEST_ROW):
+            kept[id(parameter)] = None
+        if id(parameter) not in kept:
+            kept[id(parameter)] = _compressed(reader, source, loader.device)
+        weight = kept[id(parameter)]
+        if weight is None:
+            continue
+        if isinstance(module, torch.nn.Embedding):
+            new: torch.nn.Module = CompressedEmbedding(weight, module.padding_idx)
+        else:
+            new = CompressedLinear(weight, module.bias, scratch)
+            largest = max(largest, scratch.rows_at_a_time(weight) * weight.columns * dtype.itemsize)
+        new.train(module.training)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+        done |= names
+    if largest:
+        scratch.reserve(largest)
+    others = {name: source for name, source in sources.items() if name not in done}
+    making.fill(loader, list(making.places_of(model, others, empty, loader).values()))
+    making.finish(model, loader, untied - done, set())
+
+
+def _compressed(reader: Reader, tensor: TensorInfo, device: torch.device) -> CompressedWeight | None:
+    """The weight, or None where its form is one for the CPU."""
+    try:
+        return CompressedWeight(reader, tensor, device)
+    except errors.Unsupported:
+        return None

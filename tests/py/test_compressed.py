@@ -1,0 +1,148 @@
+"""Modules and models with compressed weights, as far as no GPU is needed: a weight in the CPU's memory stands in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import bigsmall
+from bigsmall import compressed, cuda, errors
+from bigsmall.compressed import CompressedEmbedding, CompressedLinear, Scratch
+from bigsmall.integrations import huggingface
+from bigsmall.reader import Reader, TensorInfo
+
+
+class OnCPU(compressed.CompressedWeight):
+    """Decodes as the device does, blocks only, from a decoded copy."""
+
+    def __init__(self, reader: Reader, tensor: str | TensorInfo, device: torch.device) -> None:
+        tensor = reader.find(tensor) if isinstance(tensor, str) else tensor
+        self.dtype = getattr(torch, tensor.dtype.name)
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32) or len(tensor.shape) != 2:
+            raise errors.Unsupported(tensor.name)
+        self.rows, self.columns = tensor.shape
+        self.device = torch.device("cpu")
+        self.all = bigsmall.load(reader.path, "cpu")[tensor.name]
+        self.buffer = torch.empty(self.n_bytes * 2 // 3, dtype=torch.uint8)
+        self.decodes: list[tuple[int, int]] = []
+
+    def decode(self, out: torch.Tensor, first_row: int = 0) -> None:
+        assert out.is_contiguous() and out.shape[1] == self.columns
+        first, count = first_row * self.columns, out.numel()
+        assert first % 65536 == 0 and (count % 65536 == 0 or first + count == self.rows * self.columns)
+        out.copy_(self.all[first_row : first_row + out.shape[0]])
+        self.decodes.append((first_row, out.shape[0]))
+
+    def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
+        assert ids.dtype == torch.int64 and ids.is_contiguous() and out.is_contiguous()
+        out.copy_(self.all[ids])
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "CompressedWeight", OnCPU)
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    monkeypatch.setattr(cuda, "device_memory", lambda n, device: torch.full((n,), 0x55, dtype=torch.uint8))
+
+
+def llama(folder: Path, **changed: Any) -> Path:
+    torch.manual_seed(1)
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 3000,
+        **changed,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).bfloat16()
+    model.save_pretrained(folder / "source")
+    bigsmall.compress(folder / "source", folder / "bs")
+    return folder / "bs"
+
+
+def resident(path: Path, **options: Any) -> Any:
+    config = transformers.AutoConfig.from_pretrained(path)
+    return compressed.resident_model(path, config, str(path), torch.device("cpu"), prefetch=False, **options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_scratch_bytes", [1 << 30, 200_000])
+def test_a_model(tmp_path: Path, tied: bool, max_scratch_bytes: int) -> None:
+    path = llama(tmp_path, tie_word_embeddings=tied, attention_bias=True)
+    plain = huggingface.from_pretrained(path, transformers.LlamaForCausalLM, dtype="auto").eval()
+    model = resident(path, max_scratch_bytes=max_scratch_bytes)
+    modules = [m for m in model.modules() if isinstance(m, (CompressedLinear, CompressedEmbedding))]
+    assert len(modules) == 2 * 7 + 2
+    assert (model.lm_head.compressed is model.model.embed_tokens.compressed) == tied
+    ids = torch.randint(0, 3000, (2, 9))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=0)
+        for prompt in (ids, ids.int()):
+            assert torch.equal(
+                model.generate(prompt, max_new_tokens=5, do_sample=False),
+                plain.generate(prompt, max_new_tokens=5, do_sample=False),
+            )
+    head = model.lm_head.compressed
+    # 1,024 rows of 64 elements are a block; of 384,000 bytes 200,000 are one slice of two.
+    assert (head.decodes[0] == (0, 3000)) == (max_scratch_bytes > 200_000)
+    if max_scratch_bytes == 200_000:
+        assert head.decodes[:3] == [(0, 1024), (1024, 1024), (2048, 952)]
+    state, want = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(state[name], want[name]) for name in want if "lm_head" not in name or not tied)
+    with pytest.raises(errors.InvalidArgument, match="stays there"):
+        model.half()
+
+
+def test_dtype_must_be_the_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="keeps its dtype"):
+        resident(llama(tmp_path), dtype=torch.float32)
+
+
+def test_what_is_no_matrix_stays_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never(OnCPU):
+        def __init__(self, reader: Reader, tensor: str | TensorInfo, device: torch.device) -> None:
+            raise errors.Unsupported("none")
+
+    monkeypatch.setattr(compressed, "CompressedWeight", Never)
+    path = llama(tmp_path)
+    plain = huggingface.from_pretrained(path, transformers.LlamaForCausalLM, dtype="auto").eval()
+    ids = torch.randint(0, 3000, (1, 7))
+    with torch.inference_mode():
+        assert torch.equal(resident(path)(ids).logits, plain(ids).logits)
+
+
+def test_slices_are_whole_blocks() -> None:
+    class Shape:
+        dtype = torch.bfloat16
+
+        def __init__(self, rows: int, columns: int) -> None:
+            self.rows, self.columns = rows, columns
+            self.n_bytes = 2 * rows * columns
+
+    for rows, columns, most in ((128256, 4096, 288 << 20), (151936, 3584, 256 << 20), (1000, 517, 1 << 18), (5, 3, 1)):
+        scratch = Scratch(torch.device("cpu"), prefetch=False, max_bytes=most)
+        n = scratch.rows_at_a_time(Shape(rows, columns))  # type: ignore[arg-type]
+        assert n == rows or n * columns % 65536 == 0
+    assert Scratch(torch.device("cpu")).rows_at_a_time(Shape(128256, 4096)) * 4096 * 2 <= 288 << 20  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"resident": "decoded"}, {"stream": True}, {"variant": "fp16"}, {"device": "cpu"}, {"device_map": "auto"}],
+)
+def test_wrong_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        huggingface.from_pretrained(tmp_path, transformers.LlamaForCausalLM, **{"resident": "compressed", **options})
+
+
+def test_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "there is none")
+    path = llama(tmp_path)
+    with pytest.raises(errors.NoDevice, match="there is none"):
+        huggingface.from_pretrained(path, transformers.LlamaForCausalLM, resident="compressed")
