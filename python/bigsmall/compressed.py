@@ -158,7 +158,7 @@ class Scratch:
         unit = _BLOCK_ELEMENTS // math.gcd(_BLOCK_ELEMENTS, weight.columns)
         most = max(self.max_bytes // (weight.columns * weight.dtype.itemsize * unit), 1) * unit
         slices = -(-weight.rows // most)
-        return min(-(-weight.rows // (slices * unit)) * unit, weight.rows)
+        return int(min(-(-weight.rows // (slices * unit)) * unit, weight.rows))
 
     def get(self, weight: CompressedWeight) -> torch.Tensor:
         """The whole matrix, decoded; good until the next call but one."""

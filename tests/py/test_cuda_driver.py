@@ -810,8 +810,7 @@ def test_cancelled(files: dict[str, Path], order: str) -> None:
         assert kind is errors.Cancelled, text
         clean(driver)
         # In the midst of it: as soon as something was done.
-        outcomes = set()
-        for _ in range(6):
+        for _ in range(3):
             cancel[0], done[0] = 0, 0
             ended = threading.Event()
 
@@ -824,9 +823,8 @@ def test_cancelled(files: dict[str, Path], order: str) -> None:
             thread.start()
             try:
                 decode(reader, places, job=job)
-                outcomes.add("done")
             except errors.Cancelled:
-                outcomes.add("cancelled")
+                pass
             ended.set()
             thread.join()
             clean(driver)
