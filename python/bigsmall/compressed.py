@@ -29,8 +29,9 @@ _BLOCK_ELEMENTS = 1 << 16
 # A row that is gathered alone has at most this many elements; see bs_weight_gather.
 _LONGEST_ROW = 1 << 14
 
-# Matrices larger than this are decoded and multiplied in slices of rows: output layers, which have many.
-_MOST_SCRATCH_BYTES = 288 << 20
+# Of a model, matrices that are larger than this and than any but the output layer's are decoded and multiplied in slices
+# of rows.
+_LEAST_SCRATCH_BYTES = 128 << 20
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -123,9 +124,9 @@ class Scratch:
     Which matrix comes next is what came next before. Where another one comes it is decoded when it comes.
     """
 
-    def __init__(self, device: torch.device, prefetch: bool = True, max_bytes: int = _MOST_SCRATCH_BYTES) -> None:
+    def __init__(self, device: torch.device, prefetch: bool = True, max_bytes: int | None = None) -> None:
         self.device = device
-        self.max_bytes = max_bytes
+        self.max_bytes = max_bytes  # of a matrix that is decoded whole; None for any
         self.prefetch = prefetch
         self._halves: list[torch.Tensor | None] = [None, None]
         self._turn = 0
@@ -150,10 +151,14 @@ class Scratch:
             half = self._halves[self._turn] = cuda.device_memory(n_bytes, self.device)
         return half[:n_bytes].view(weight.dtype).view(rows, weight.columns)
 
+    def _whole(self, weight: CompressedWeight) -> bool:
+        return self.max_bytes is None or weight.n_bytes <= self.max_bytes
+
     def rows_at_a_time(self, weight: CompressedWeight) -> int:
         """All rows, or as many as a slice has: whole blocks of elements, and slices as equal as may be."""
-        if weight.n_bytes <= self.max_bytes:
+        if self._whole(weight):
             return weight.rows
+        assert self.max_bytes is not None
         # Every unit-th row begins a block. A single unit may be more than max_bytes, but not much of the memory.
         unit = _BLOCK_ELEMENTS // math.gcd(_BLOCK_ELEMENTS, weight.columns)
         most = max(self.max_bytes // (weight.columns * weight.dtype.itemsize * unit), 1) * unit
@@ -185,7 +190,7 @@ class Scratch:
     def _begin(self, weight: CompressedWeight, current: Any) -> None:
         """Begins to decode what came after this weight the last time, beside its product."""
         following = self._next.get(weight)
-        if following is None or following.n_bytes > self.max_bytes:
+        if following is None or not self._whole(following):
             return
         if self._side is None:
             self._side = cuda.side_stream(self.device)
@@ -335,7 +340,7 @@ def resident_model(
     dtype: Any = None,
     model_class: Any = None,
     prefetch: bool = True,
-    max_scratch_bytes: int = _MOST_SCRATCH_BYTES,
+    max_scratch_bytes: int | None = None,
 ) -> Any:
     """A model of transformers whose linear layers and embeddings are compressed on a GPU; its other parameters are
     ordinary. Of the decoded model never more than those are in the GPU's memory.
@@ -344,7 +349,8 @@ def resident_model(
     dtype             : the checkpoint's; None or "auto" for the one that config.json names, or else that of the weights
     model_class       : an Auto class or a class of transformers, None for AutoModelForCausalLM
     prefetch          : decode the next matrix while the product of this one runs
-    max_scratch_bytes : of the matrices that are decoded whole; larger ones are decoded in slices of rows
+    max_scratch_bytes : of the matrices that are decoded whole, larger ones are decoded in slices of rows; None for all
+                        but the output layer's
 
     Raises what `bigsmall.StreamingModel` raises; NoDevice where no GPU decodes; InvalidArgument where dtype is another
     than the checkpoint's.
@@ -376,6 +382,10 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
     untied = empty.keys() - sources.keys()
     kept: dict[int, CompressedWeight | None] = {}  # by the parameter, which several modules may share
     done: set[str] = set()
+    if scratch.max_bytes is None:
+        head = model.get_output_embeddings()
+        bodies = [m.weight for m in model.modules() if type(m) is torch.nn.Linear and m is not head]
+        scratch.max_bytes = max([_LEAST_SCRATCH_BYTES, *(w.numel() * w.element_size() for w in bodies)])
     largest = 0
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) not in (torch.nn.Linear, torch.nn.Embedding):

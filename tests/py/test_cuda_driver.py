@@ -202,16 +202,63 @@ def test_callers_memory_of_any_size(files: dict[str, Path]) -> None:
     )
 
 
+@pytest.mark.parametrize("order", ["late", "random", "thread"])
+def test_what_was_queued_before(files: dict[str, Path], order: str) -> None:
+    """Device memory that the caller gives may still be in use by his stream: what is queued there ends first."""
+    child(
+        """
+        driver = Driver()
+        driver.context()
+        reader = Reader(sys.argv[1])
+        check_all(driver, reader)
+        tensors = [t for t in reader.tensors if t.n_bytes]
+        stream, n = driver.make("cuStreamCreate", 1), 16 << 20
+        host, there = driver.make("cuMemHostAlloc", n, 0), driver.alloc(n)
+        places = [(t.position, driver.alloc((t.n_bytes + 3) // 4 * 4), t.n_bytes) for t in tensors]
+        room = weight_bytes(reader, tensors[0])
+        kept_at = driver.alloc(room)
+        BASE = driver.report()
+        how = {"host": _native.Memory(host, n), "device": _native.Memory(there, n), "stream": stream}
+
+        def queue():
+            for _, address, size in places:
+                driver("cuMemsetD32Async", address, 0x5A5A5A5A, (size + 3) // 4, stream)
+            driver("cuMemsetD32Async", there, 0x5A5A5A5A, n // 4, stream)
+            driver("cuMemsetD32Async", kept_at, 0x5A5A5A5A, room // 4, stream)
+
+        for _ in range(3):
+            queue()
+            decode(reader, places, **how)
+            for t, (_, address, size) in zip(tensors, places):
+                assert driver.read(address, size) == cpu(reader, t), t.name
+            queue()
+            kept = weight(reader, tensors[0], kept_at, room, _native.cuda_job(**how))
+            # What follows in the stream finds what was decoded.
+            t, (_, address, size) = tensors[0], places[0]
+            error = ffi.new("bs_error *")
+            handle = ffi.cast("void *", stream)
+            _native.check(lib.bs_weight_decode(kept, 0, size // t.dtype.size, address, size, handle, error), error)
+            driver("cuMemcpyDtoHAsync_v2", host, address, size, stream)
+            driver("cuStreamSynchronize", stream)
+            assert bytes(ffi.buffer(ffi.cast("char *", host), size)) == cpu(reader, t)
+            lib.bs_weight_close(kept)
+            clean(driver)
+        """,
+        files["balanced"],
+        order=order,
+    )
+
+
 def test_many_chunks(tmp_path: Path) -> None:
-    """A model larger than the ring of buffers, from a file, from memory, and from page-locked memory."""
+    """A model larger than the ring of buffers, from a file, from memory, and from page-locked memory, and a weight."""
     rng = np.random.default_rng(3)
     # Of numbers from 1 to 2 hardly a byte in four is coded: much to copy, little to emulate.
     n = 1 << 20
-    values = (1 + rng.random(n)).astype("<f4")
-    tensors = {}
-    for k in range(46):
+    values = (1 + rng.random(34 * n)).astype("<f4")
+    tensors = {"big": ("F32", (34 * n,), values.tobytes())}
+    for k in range(12):
         values[:4] = k  # no two alike, or they would be stored once
-        tensors[f"t{k:02}"] = ("F32", (n,), values.tobytes())
+        tensors[f"t{k:02}"] = ("F32", (n,), values[:n].tobytes())
     tensors["weights"] = ("BF16", (n,), bfloat16(weights(3, n)))
     tensors["noise"] = ("BF16", (n,), rng.bytes(2 * n))
     write_safetensors(tmp_path / "m.safetensors", tensors)
@@ -239,7 +286,7 @@ def test_many_chunks(tmp_path: Path) -> None:
         plain = ffi.from_buffer(data)
         raws = [from_memory(int(ffi.cast("uintptr_t", plain))), reader._live().raw, from_memory(pinned)]
         for turn, raw in enumerate(raws):
-            some = tensors if turn else tensors[::10]
+            some = tensors if turn else tensors[1::4]
             items = ffi.new("bs_cuda_item[]", len(some))
             for item, t in zip(items, some):
                 item.index, item.dst, item.dst_cap = t.position, driver.alloc(t.n_bytes), t.n_bytes
@@ -250,7 +297,19 @@ def test_many_chunks(tmp_path: Path) -> None:
             for item, t in zip(items, some):
                 assert driver.read(item.dst, t.n_bytes) == want[t.name], (turn, t.name)
                 driver("cuMemFree_v2", item.dst)
-        assert driver.faults() == "", driver.faults()
+
+        # A weight larger than what it is staged through.
+        big = tensors[0]
+        room = weight_bytes(reader, big)
+        with driver.memory(room) as there, driver.memory(big.n_bytes) as address:
+            kept, error = weight(reader, big, there, room), ffi.new("bs_error *")
+            status = lib.bs_weight_decode(kept, 0, big.n_bytes // 4, address, big.n_bytes, ffi.NULL, error)
+            _native.check(status, error)
+            assert driver.read(address, big.n_bytes) == want["big"]
+            lib.bs_weight_close(kept)
+        driver("cuMemFreeHost", pinned)
+        BASE = "1 modules"
+        clean(driver)
         """,
         tmp_path / "m.bs",
         order="random",
