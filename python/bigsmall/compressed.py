@@ -121,7 +121,8 @@ class Scratch:
     """Device memory that the modules of one model decode to, one after the other: two halves, so that the next matrix
     is decoded on a stream of its own while the product of this one runs.
 
-    Which matrix comes next is what came next before. Where another one comes it is decoded when it comes.
+    Which matrix comes next is what came next before. Where another one comes it is decoded when it comes. In a CUDA graph
+    matrices are decoded one after the other.
     """
 
     def __init__(self, device: torch.device, prefetch: bool = True, max_bytes: int | None = None) -> None:
@@ -166,8 +167,10 @@ class Scratch:
         return int(min(-(-weight.rows // (slices * unit)) * unit, weight.rows))
 
     def get(self, weight: CompressedWeight) -> torch.Tensor:
-        """The whole matrix, decoded; good until the next call but one."""
-        if not self.prefetch:
+        """The whole matrix, decoded; good until the next call."""
+        # In a CUDA graph nothing may wait for what was begun before it, or be left to what comes after.
+        if not self.prefetch or cuda.is_capturing():
+            self._last = self._coming = None
             out = self._room(weight.rows, weight)
             weight.decode(out)
             return out
@@ -219,12 +222,9 @@ class Scratch:
         return out
 
     def _slice(self, weight: CompressedWeight, first: int, n: int) -> torch.Tensor:
-        coming, self._coming = self._coming, None
-        if coming is not None:
+        coming, self._coming, self._last = self._coming, None, None
+        if coming is not None and not cuda.is_capturing():
             cuda.current_stream(self.device).wait_event(coming[2])
-        if self.prefetch:
-            self._turn ^= 1
-        self._last = None
         out = self._room(n, weight)
         weight.decode(out, first)
         return out

@@ -41,6 +41,11 @@ def current_stream_number(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def is_capturing() -> bool:
+    """Whether the current stream of the current GPU is being captured in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:
     """Makes that the current one of this thread."""
     return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)

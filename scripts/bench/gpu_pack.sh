@@ -13,6 +13,7 @@ rm -rf "$out"
 mkdir -p "$out"/{site,models,tests,bench}
 package=$($python -c 'import bigsmall, os; print(os.path.dirname(bigsmall.__file__))')
 cp -r "$package" "$out/site/"
+cp -r "$($python -c 'import importlib.metadata as m; print(m.distribution("bigsmall")._path)')" "$out/site/"
 find "$out" -name __pycache__ -prune -exec rm -r {} +
 $python -m pip download -q --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
 	--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 -d "$out/wheels" cffi pycparser
