@@ -89,33 +89,95 @@ func go_weight_open(r *C.bs_reader, i, device C.uint64_t, deviceRoom C.size_t, c
 	})
 }
 
-// launching runs f with what starts kernels of a weight on a stream.
-func launching(w *C.bs_weight, stream unsafe.Pointer, e *C.bs_error, f func(*core.Weight, core.Launcher) error) C.int32_t {
-	h := handleOf(unsafe.Pointer(w))
+// launching runs f with the handle of a weight or batch and what starts its kernels on a stream.
+func launching(p unsafe.Pointer, stream unsafe.Pointer, e *C.bs_error, f func(*handle, core.Launcher) error) C.int32_t {
+	h := handleOf(p)
 	return call(h, e, func() error {
-		if h == nil || h.weight == nil {
+		if h == nil {
 			return invalid("the weight is NULL")
 		}
-		return f(h.weight, func(kernel string, ctas int, args ...any) error { return h.module.launch(stream, kernel, ctas, args) })
+		return f(h, func(kernel string, ctas int, args ...any) error { return h.module.launch(stream, kernel, ctas, args) })
 	})
 }
 
 //export go_weight_decode
 func go_weight_decode(w *C.bs_weight, first, count, dst C.uint64_t, dstRoom C.size_t, stream unsafe.Pointer, e *C.bs_error) C.int32_t {
-	return launching(w, stream, e, func(w *core.Weight, launch core.Launcher) error {
-		return w.Decode(uint64(first), uint64(count), uint64(dst), room(dstRoom), launch)
+	return launching(unsafe.Pointer(w), stream, e, func(h *handle, launch core.Launcher) error {
+		return h.weight.Decode(uint64(first), uint64(count), uint64(dst), room(dstRoom), launch)
 	})
 }
 
 //export go_weight_gather
 func go_weight_gather(w *C.bs_weight, ids, n, row, dst C.uint64_t, dstRoom C.size_t, stream unsafe.Pointer, e *C.bs_error) C.int32_t {
-	return launching(w, stream, e, func(w *core.Weight, launch core.Launcher) error {
-		return w.Gather(uint64(ids), uint64(n), uint64(row), uint64(dst), room(dstRoom), launch)
+	return launching(unsafe.Pointer(w), stream, e, func(h *handle, launch core.Launcher) error {
+		return h.weight.Gather(uint64(ids), uint64(n), uint64(row), uint64(dst), room(dstRoom), launch)
 	})
 }
 
 //export go_weight_close
 func go_weight_close(w *C.bs_weight) { freeHandle(unsafe.Pointer(w)) }
+
+// weightsOf are the weights of a caller's list of handles.
+func weightsOf(list **C.bs_weight, n C.size_t) ([]*core.Weight, error) {
+	if n == 0 || list == nil || n > maxItems {
+		return nil, invalid("%d weights at %p", n, list)
+	}
+	weights := make([]*core.Weight, n)
+	for k, w := range unsafe.Slice(list, int(n)) {
+		h := handleOf(unsafe.Pointer(w))
+		if h == nil {
+			return nil, invalid("weight %d is NULL", k)
+		}
+		weights[k] = h.weight
+	}
+	return weights, nil
+}
+
+//export go_weight_batch_bytes
+func go_weight_batch_bytes(list **C.bs_weight, n C.size_t, out *C.size_t, e *C.bs_error) C.int32_t {
+	return call(nil, e, func() error {
+		if out == nil {
+			return invalid("n_bytes is NULL")
+		}
+		weights, err := weightsOf(list, n)
+		*out = C.size_t(core.BatchBytes(weights))
+		return err
+	})
+}
+
+//export go_weight_batch_open
+func go_weight_batch_open(list **C.bs_weight, dst *C.uint64_t, n C.size_t, device C.uint64_t, deviceRoom C.size_t, cuda *C.bs_cuda_job, out **C.bs_weight_batch, e *C.bs_error) C.int32_t {
+	return call(nil, e, func() error {
+		return open((*unsafe.Pointer)(unsafe.Pointer(out)), func() (*handle, error) {
+			weights, err := weightsOf(list, n)
+			if err != nil {
+				return nil, err
+			}
+			if dst == nil {
+				return nil, invalid("dst is NULL")
+			}
+			places := make([]uint64, n)
+			for k, p := range unsafe.Slice(dst, int(n)) {
+				places[k] = uint64(p)
+			}
+			h := &handle{}
+			err = onCUDA(cuda, func(d *cudaDevice) (err error) {
+				h.batch, err = core.OpenBatch(weights, places, uint64(device), room(deviceRoom), d)
+				h.module = d.module
+				return err
+			})
+			return h, err
+		})
+	})
+}
+
+//export go_weight_batch_decode
+func go_weight_batch_decode(b *C.bs_weight_batch, stream unsafe.Pointer, e *C.bs_error) C.int32_t {
+	return launching(unsafe.Pointer(b), stream, e, func(h *handle, launch core.Launcher) error { return h.batch.Decode(launch) })
+}
+
+//export go_weight_batch_close
+func go_weight_batch_close(b *C.bs_weight_batch) { freeHandle(unsafe.Pointer(b)) }
 
 //export go_reader_plan
 func go_reader_plan(r *C.bs_reader, i C.uint64_t, payload unsafe.Pointer, payloadRoom C.size_t, program unsafe.Pointer, programRoom C.size_t, payloadLen, programLen *C.size_t, j *C.bs_job, e *C.bs_error) C.int32_t {

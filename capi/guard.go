@@ -84,11 +84,12 @@ func invalid(format string, args ...any) error {
 	return &core.Error{Status: core.InvalidArgument, Msg: fmt.Sprintf(format, args...)}
 }
 
-// A handle is what a bs_reader, bs_writer or bs_weight stands for.
+// A handle is what a bs_reader, bs_writer, bs_weight or bs_weight_batch stands for.
 type handle struct {
 	reader   *core.Reader
 	writer   *core.Writer
 	weight   *core.Weight
-	module   *cudaModule // of the weight's device
+	batch    *core.Batch
+	module   *cudaModule // of the device of the weight or batch
 	poisoned atomic.Bool
 }

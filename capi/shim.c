@@ -252,6 +252,27 @@ void bs_weight_close(bs_weight *weight) {
     if (!forked && weight != NULL) go_weight_close(weight);
 }
 
+bs_status bs_weight_batch_bytes(bs_weight *const *weights, size_t n_weights, size_t *n_bytes, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_batch_bytes((void *)weights, n_weights, n_bytes, error);
+}
+
+bs_status bs_weight_batch_open(bs_weight *const *weights, const uint64_t *dst, size_t n_weights, uint64_t device_memory,
+                               size_t device_cap, const bs_cuda_job *cuda, bs_weight_batch **batch, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_batch_open((void *)weights, (void *)dst, n_weights, device_memory, device_cap, (void *)cuda,
+                                           batch, error);
+}
+
+bs_status bs_weight_batch_decode(bs_weight_batch *batch, void *stream, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_weight_batch_decode(batch, stream, error);
+}
+
+void bs_weight_batch_close(bs_weight_batch *batch) {
+    if (!forked && batch != NULL) go_weight_batch_close(batch);
+}
+
 bs_status bs_reader_plan(bs_reader *reader, uint64_t index, void *payload, size_t payload_cap, void *program,
                          size_t program_cap, size_t *payload_len, size_t *program_len, const bs_job *job, bs_error *error) {
     if (forked) return refuse(error);

@@ -12,6 +12,7 @@ import (
 // one matrix: a block alone is 2,048 turns of the coder, one after the other.
 type Weight struct {
 	record   uint64 // the device's address of all of it
+	layout   weightLayout
 	status   uint64
 	elements uint64 // which are words
 	size     int    // bytes of one
@@ -35,6 +36,14 @@ func (p *payload) weightLayout() (l weightLayout) {
 	l.payload = align(l.restarts + int64(gpu.RestartBytes(p.Blocks(), segmentsLog)))
 	l.end = align(l.payload + p.entry.compressed - from + gpu.Slack)
 	return l
+}
+
+// putRecord stores the record of a weight in this memory of the device.
+func (l *weightLayout) putRecord(record []byte, memory, out uint64) {
+	binary.LittleEndian.PutUint64(record, memory+uint64(l.payload))
+	binary.LittleEndian.PutUint64(record[8:], out)
+	binary.LittleEndian.PutUint64(record[16:], memory+uint64(l.program))
+	binary.LittleEndian.PutUint64(record[24:], memory+uint64(l.restarts))
 }
 
 // weight opens a tensor that may be kept compressed.
@@ -104,10 +113,7 @@ func (r *Reader) OpenWeight(i int, memory uint64, room int64, dev Device, job *J
 	if err != nil {
 		return nil, err
 	}
-	binary.LittleEndian.PutUint64(meta, memory+uint64(l.payload))
-	binary.LittleEndian.PutUint64(meta[8:], 0)
-	binary.LittleEndian.PutUint64(meta[16:], memory+uint64(l.program))
-	binary.LittleEndian.PutUint64(meta[24:], memory+uint64(l.restarts))
+	l.putRecord(meta, memory, 0)
 	program := p.Program(meta[l.program:], 0, p.Blocks(), 0, segmentsLog)
 	hosts, err := p.sendBlocks(memory+uint64(l.payload), program, dev, pool)
 	if err != nil {
@@ -116,7 +122,7 @@ func (r *Reader) OpenWeight(i int, memory uint64, room int64, dev Device, job *J
 	if hosts > 0 {
 		return nil, fail(UnsupportedFeature, "cannot stay compressed on a device: %d of its %d blocks are for the CPU; keep it decoded", hosts, p.Blocks())
 	}
-	w = &Weight{record: memory, status: memory + gpu.RecordBytes, elements: uint64(p.entry.bytes) / uint64(p.WordBytes()),
+	w = &Weight{record: memory, layout: l, status: memory + gpu.RecordBytes, elements: uint64(p.entry.bytes) / uint64(p.WordBytes()),
 		size: p.WordBytes(), kernel: decodeKernels[p.WordBytes()/2]}
 	ctas := (p.Blocks() + gpu.Streams - 1) / gpu.Streams
 	steps := []func() error{
@@ -229,10 +235,76 @@ func (w *Weight) Decode(first, count, dst uint64, room int64, launch Launcher) e
 	case count == 0:
 		return nil
 	}
-	const perBlock = (1 << segmentsLog) / gpu.Streams // CTAs
-	blocks := (count + codecs.BlockWords - 1) / codecs.BlockWords
-	quad := first / codecs.BlockWords * perBlock
-	return launch(w.kernel, int(blocks*perBlock), w.record, uint64(0), uint32(quad), dst-first*uint64(w.size), w.status)
+	quad := first / codecs.BlockWords * quadsPerBlock
+	return launch(w.kernel, int(quads(count)), w.record, uint64(0), uint32(quad), dst-first*uint64(w.size), w.status)
+}
+
+const quadsPerBlock = (1 << segmentsLog) / gpu.Streams
+
+// quads is how many CTAs decode so many elements.
+func quads(elements uint64) uint64 {
+	return (elements + codecs.BlockWords - 1) / codecs.BlockWords * quadsPerBlock
+}
+
+// Batch is weights that are decoded together, each to its place, by one launch: many small matrices keep a device busy
+// only at the same time.
+type Batch struct {
+	records, units, status uint64
+	ctas                   int
+	kernel                 string
+}
+
+// BatchBytes is the device memory that OpenBatch needs.
+func BatchBytes(weights []*Weight) int64 {
+	n := int64(256 + len(weights)*gpu.RecordBytes)
+	for _, w := range weights {
+		n += int64(quads(w.elements) * gpu.UnitBytes)
+	}
+	return n
+}
+
+// OpenBatch prepares weights to be decoded together, weight k to dst[k], where there is room for it, by memory of the device, of room
+// bytes at a multiple of 256. All have elements of the same size, and stay, as the memory does, as long as the batch is used.
+func OpenBatch(weights []*Weight, dst []uint64, memory uint64, room int64, dev Device) (*Batch, error) {
+	if len(weights) == 0 || len(weights) != len(dst) {
+		return nil, failf(InvalidArgument, "%d weights and %d destinations", len(weights), len(dst))
+	}
+	n := BatchBytes(weights)
+	switch {
+	case room < n:
+		return nil, failf(DstTooSmall, "room for %d bytes of the device, %d are needed", room, n)
+	case memory == 0 || memory%256 != 0:
+		return nil, failf(InvalidArgument, "device address %#x is no multiple of 256", memory)
+	}
+	meta, err := dev.HostMemory(int(n))
+	if err != nil {
+		return nil, err
+	}
+	b := &Batch{status: memory, records: memory + 256, kernel: weights[0].kernel}
+	binary.LittleEndian.PutUint32(meta, gpu.Sound)
+	at := 256 + len(weights)*gpu.RecordBytes
+	b.units = memory + uint64(at)
+	for k, w := range weights {
+		if w.size != weights[0].size || dst[k]%uint64(w.size) != 0 {
+			return nil, failf(InvalidArgument, "weight %d has elements of %d bytes, the first one of %d, and goes to %#x", k, w.size, weights[0].size, dst[k])
+		}
+		w.layout.putRecord(meta[256+k*gpu.RecordBytes:], w.record, dst[k])
+		for quad := range quads(w.elements) {
+			binary.LittleEndian.PutUint32(meta[at:], uint32(k))
+			binary.LittleEndian.PutUint32(meta[at+4:], uint32(quad))
+			at += gpu.UnitBytes
+			b.ctas++
+		}
+	}
+	if err := dev.Copy(memory, meta); err != nil {
+		return nil, err
+	}
+	return b, dev.Sync()
+}
+
+// Decode begins to decode all of them.
+func (b *Batch) Decode(launch Launcher) error {
+	return launch(b.kernel, b.ctas, b.records, b.units, uint32(0), uint64(0), b.status)
 }
 
 // Gather begins to decode rows of rowElements elements to dst, one after the other: those whose numbers are n int64 at

@@ -318,6 +318,24 @@ BS_API bs_status bs_weight_gather(bs_weight *weight, uint64_t ids, uint64_t n_id
 /* The kernels that were started must be done. */
 BS_API void bs_weight_close(bs_weight *weight);
 
+/* Weights that are decoded together by one launch, each to a place of its own: many small matrices keep a device busy only
+ * at the same time. */
+typedef struct bs_weight_batch bs_weight_batch;
+
+/* Device memory that bs_weight_batch_open needs. */
+BS_API bs_status bs_weight_batch_bytes(bs_weight *const *weights, size_t n_weights, size_t *n_bytes, bs_error *error);
+
+/* Prepares n_weights weights of elements of the same size, weight k to be decoded to dst[k], which has room for all of it.
+ * device_memory is at a multiple of 256. It, the destinations and the weights stay until bs_weight_batch_close. */
+BS_API bs_status bs_weight_batch_open(bs_weight *const *weights, const uint64_t *dst, size_t n_weights, uint64_t device_memory,
+                                      size_t device_cap, const bs_cuda_job *cuda, bs_weight_batch **batch, bs_error *error);
+
+/* Starts decoding all of them, and returns at once, as bs_weight_decode does. */
+BS_API bs_status bs_weight_batch_decode(bs_weight_batch *batch, void *stream, bs_error *error);
+
+/* The kernels that were started must be done. */
+BS_API void bs_weight_batch_close(bs_weight_batch *batch);
+
 /* For other devices: the payload of a tensor, verified, and the program by which kernels decode it, as codecs/gpu/gpu.go of
  * the source describes it. Both lengths are always given; with room for neither they are all that is done.
  * BS_UNSUPPORTED_FEATURE where it has to be decoded on the CPU. */

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bigsmall import _native, errors
@@ -26,12 +27,15 @@ from bigsmall import cuda
 
 _BLOCK_ELEMENTS = 1 << 16
 
+# Of the library's parts of device memory.
+_ALIGNMENT = 256
+
 # A row that is gathered alone has at most this many elements; see bs_weight_gather.
 _LONGEST_ROW = 1 << 14
 
-# Of a model, matrices that are larger than this and than any but the output layer's are decoded and multiplied in slices
-# of rows.
-_LEAST_SCRATCH_BYTES = 128 << 20
+# Of a model, matrices that are larger than this and than any but the output layer's are decoded and multiplied in
+# slices of rows.
+_LEAST_WHOLE_BYTES = 128 << 20
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,11 +63,11 @@ class CompressedWeight:
         self.rows, self.columns = tensor.shape
         self.device = device
         size = reader.weight_bytes(tensor)
-        # 256 more, so that the library's part begins at a multiple of 256 wherever the allocator puts it.
-        self.buffer = cuda.device_memory(size + 256, device)
-        address = -(-self.buffer.data_ptr() // 256) * 256
+        # More, so that the library's part is aligned wherever the allocator puts it.
+        self.buffer = cuda.device_memory(size + _ALIGNMENT, device)
+        address = _aligned(self.buffer.data_ptr())
         workspace = cuda.Workspace(device, tensor.n_bytes)
-        self._handle = reader.open_weight(tensor, _native.Memory(address, size), workspace, self.buffer)
+        self.handle = reader.open_weight(tensor, _native.Memory(address, size), workspace, self.buffer)
 
     @property
     def n_bytes(self) -> int:
@@ -82,7 +86,7 @@ class CompressedWeight:
         ffi, lib = _native.library()
         error = ffi.new("bs_error *")
         status = lib.bs_weight_decode(
-            self._handle.raw,
+            self.handle.raw,
             first_row * self.columns,
             out.numel(),
             out.data_ptr(),
@@ -98,7 +102,7 @@ class CompressedWeight:
         ffi, lib = _native.library()
         error = ffi.new("bs_error *")
         status = lib.bs_weight_gather(
-            self._handle.raw,
+            self.handle.raw,
             ids.data_ptr(),
             ids.numel(),
             self.columns,
@@ -117,40 +121,71 @@ class CompressedWeight:
         return out
 
 
-class Scratch:
-    """Device memory that the modules of one model decode to, one after the other: two halves, so that the next matrix
-    is decoded on a stream of its own while the product of this one runs.
+class _Batch:
+    """Weights that are decoded together, by one launch, one behind the other in memory of the device."""
 
-    Which matrix comes next is what came next before. Where another one comes it is decoded when it comes. In a CUDA graph
-    matrices are decoded one after the other.
+    def __init__(self, weights: Sequence[CompressedWeight], memory: torch.Tensor) -> None:
+        self.views: dict[CompressedWeight, torch.Tensor] = {}
+        at = 0
+        for weight in weights:
+            self.views[weight] = _matrix(memory[at:], weight.rows, weight)
+            at += _aligned(weight.n_bytes)
+        self._device = weights[0].device
+        ffi, lib = _native.library()
+        handles = ffi.new("bs_weight *[]", [weight.handle.raw for weight in weights])
+        places = ffi.new("uint64_t[]", [view.data_ptr() for view in self.views.values()])
+        n_bytes, error, out = ffi.new("size_t *"), ffi.new("bs_error *"), ffi.new("bs_weight_batch **")
+        _native.check(lib.bs_weight_batch_bytes(handles, len(weights), n_bytes, error), error)
+        notes = cuda.device_memory(n_bytes[0] + _ALIGNMENT, self._device)
+        workspace = cuda.Workspace(self._device, 1)
+        with workspace.current():
+            status = lib.bs_weight_batch_open(
+                handles, places, len(weights), _aligned(notes.data_ptr()), n_bytes[0], workspace.job, out, error
+            )
+        _native.check(status, error)
+        self._handle = _native.Handle(out[0], lib.bs_weight_batch_close, (notes, memory, list(weights)))
+
+    def decode(self) -> None:
+        ffi, lib = _native.library()
+        error = ffi.new("bs_error *")
+        stream = ffi.cast("void *", cuda.current_stream_number(self._device))
+        _native.check(lib.bs_weight_batch_decode(self._handle.raw, stream, error), error)
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGNMENT) * _ALIGNMENT
+
+
+def _matrix(memory: torch.Tensor, rows: int, weight: CompressedWeight) -> torch.Tensor:
+    return memory[: rows * weight.columns * weight.dtype.itemsize].view(weight.dtype).view(rows, weight.columns)
+
+
+class Scratch:
+    """Device memory that the modules of one model decode to, in one stream at a time.
+
+    A model asks for its matrices in the same order at every pass. From the second pass on, those that follow each
+    other are decoded together, as many as there is room for: a matrix alone seldom keeps a GPU busy. One that comes in
+    another order is decoded when it comes.
+
+    max_bytes : of a matrix that is decoded whole; None for any
     """
 
-    def __init__(self, device: torch.device, prefetch: bool = True, max_bytes: int | None = None) -> None:
+    def __init__(self, device: torch.device, max_bytes: int | None = None) -> None:
         self.device = device
-        self.max_bytes = max_bytes  # of a matrix that is decoded whole; None for any
-        self.prefetch = prefetch
-        self._halves: list[torch.Tensor | None] = [None, None]
-        self._turn = 0
-        self._next: dict[CompressedWeight, CompressedWeight] = {}
-        self._last: CompressedWeight | None = None
-        self._coming: tuple[CompressedWeight, torch.Tensor, Any] | None = None
-        self._side: Any = None
+        self.max_bytes = max_bytes
+        self._memory = cuda.device_memory(0, device)
+        self._order: list[CompressedWeight] | None = []  # of the first pass; None when it is known
+        self._batches: dict[CompressedWeight, _Batch] = {}  # by the first weight of each
+        self._coming: Iterator[tuple[CompressedWeight, torch.Tensor]] = iter(())  # decoded and not asked for yet
 
     def reserve(self, n_bytes: int) -> None:
-        """Makes the halves large enough. Before the first use."""
-        for half in range(2 if self.prefetch else 1):
-            self._halves[half] = cuda.device_memory(n_bytes, self.device)
+        """Takes the memory. Before the first use."""
+        self._memory = cuda.device_memory(n_bytes, self.device)
 
     @property
     def n_bytes(self) -> int:
-        return sum(half.numel() for half in self._halves if half is not None)
-
-    def _room(self, rows: int, weight: CompressedWeight) -> torch.Tensor:
-        half = self._halves[self._turn]
-        n_bytes = rows * weight.columns * weight.dtype.itemsize
-        if half is None or half.numel() < n_bytes:
-            half = self._halves[self._turn] = cuda.device_memory(n_bytes, self.device)
-        return half[:n_bytes].view(weight.dtype).view(rows, weight.columns)
+        """Bytes of the memory."""
+        return int(self._memory.numel())
 
     def _whole(self, weight: CompressedWeight) -> bool:
         return self.max_bytes is None or weight.n_bytes <= self.max_bytes
@@ -167,45 +202,53 @@ class Scratch:
         return int(min(-(-weight.rows // (slices * unit)) * unit, weight.rows))
 
     def get(self, weight: CompressedWeight) -> torch.Tensor:
-        """The whole matrix, decoded; good until the next call."""
-        # In a CUDA graph nothing may wait for what was begun before it, or be left to what comes after.
-        if not self.prefetch or cuda.is_capturing():
-            self._last = self._coming = None
-            out = self._room(weight.rows, weight)
-            weight.decode(out)
-            return out
-        if self._last is not None:
-            self._next[self._last] = weight
-        self._last = weight
-        coming, self._coming = self._coming, None
-        current = cuda.current_stream(self.device)
-        if coming is not None:
-            current.wait_event(coming[2])
-        if coming is not None and coming[0] is weight:
-            out = coming[1]
-        else:
-            self._turn ^= 1
-            out = self._room(weight.rows, weight)
-            weight.decode(out)
-        self._begin(weight, current)
-        return out
+        """The whole matrix, decoded; good until another one is asked for."""
+        if self._order is not None:
+            self._learn(weight)
+        # What was decoded with others is given out once and in order: a pass that begins anew, as in a CUDA graph or
+        # after an error, takes nothing for decoded.
+        following, view = next(self._coming, (None, None))
+        if following is weight:
+            return view
+        batch = self._batches.get(weight)
+        if batch is None:
+            return self._alone(weight, 0, weight.rows)
+        batch.decode()
+        self._coming = iter(batch.views.items())
+        return next(self._coming)[1]
 
-    def _begin(self, weight: CompressedWeight, current: Any) -> None:
-        """Begins to decode what came after this weight the last time, beside its product."""
-        following = self._next.get(weight)
-        if following is None or not self._whole(following):
+    def _alone(self, weight: CompressedWeight, first: int, rows: int) -> torch.Tensor:
+        self._coming = iter(())
+        n_bytes = rows * weight.columns * weight.dtype.itemsize
+        if self._memory.numel() < n_bytes:
+            self._memory = cuda.device_memory(n_bytes, self.device)
+        view = _matrix(self._memory, rows, weight)
+        weight.decode(view, first)
+        return view
+
+    def _learn(self, weight: CompressedWeight) -> None:
+        """Notes the order of the first pass, and makes batches of it when the second begins."""
+        assert self._order is not None
+        if not self._order or weight is not self._order[0]:
+            if weight not in self._order:
+                self._order.append(weight)
             return
-        if self._side is None:
-            self._side = cuda.side_stream(self.device)
-        self._turn ^= 1
-        out = self._room(following.rows, following)
-        # The half is free when all products before have been made.
-        self._side.wait_stream(current)
-        for used in (out, following.buffer):
-            used.record_stream(self._side)  # so that their memory is not given out again while this still runs
-        with cuda.on_stream(self._side):
-            following.decode(out)
-        self._coming = (following, out, self._side.record_event())
+        if len(self._order) == 1 or cuda.is_capturing():  # batches need memory of their own
+            return
+        order, self._order = self._order, None
+        batch: list[CompressedWeight] = []
+        used = 0
+        for one in order:
+            if batch and (used + one.n_bytes > self._memory.numel() or one.dtype != batch[0].dtype):
+                self._make(batch)
+                batch, used = [], 0
+            batch.append(one)
+            used += _aligned(one.n_bytes)
+        self._make(batch)
+
+    def _make(self, weights: Sequence[CompressedWeight]) -> None:
+        if len(weights) > 1:
+            self._batches[weights[0]] = _Batch(weights, self._memory)
 
     def product(self, x: torch.Tensor, weight: CompressedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """torch.nn.functional.linear of the decoded weight."""
@@ -215,18 +258,10 @@ class Scratch:
         out = torch.empty(*x.shape[:-1], weight.rows, dtype=x.dtype, device=x.device)
         for first in range(0, weight.rows, rows):
             n = min(rows, weight.rows - first)
-            part = self._slice(weight, first, n)
+            part = self._alone(weight, first, n)
             out[..., first : first + n] = torch.nn.functional.linear(
                 x, part, None if bias is None else bias[first : first + n]
             )
-        return out
-
-    def _slice(self, weight: CompressedWeight, first: int, n: int) -> torch.Tensor:
-        coming, self._coming, self._last = self._coming, None, None
-        if coming is not None and not cuda.is_capturing():
-            cuda.current_stream(self.device).wait_event(coming[2])
-        out = self._room(n, weight)
-        weight.decode(out, first)
         return out
 
 
@@ -339,7 +374,6 @@ def resident_model(
     *,
     dtype: Any = None,
     model_class: Any = None,
-    prefetch: bool = True,
     max_scratch_bytes: int | None = None,
 ) -> Any:
     """A model of transformers whose linear layers and embeddings are compressed on a GPU; its other parameters are
@@ -348,7 +382,6 @@ def resident_model(
     config            : the model's, as transformers reads it from config_source, a directory or repository
     dtype             : the checkpoint's; None or "auto" for the one that config.json names, or else that of the weights
     model_class       : an Auto class or a class of transformers, None for AutoModelForCausalLM
-    prefetch          : decode the next matrix while the product of this one runs
     max_scratch_bytes : of the matrices that are decoded whole, larger ones are decoded in slices of rows; None for all
                         but the output layer's
 
@@ -364,7 +397,7 @@ def resident_model(
     try:
         wanted = making.dtype_of(dtype, config, loader.tensors)
         model = making.skeleton(config, wanted, config_source, model_class)
-        _fill(model, loader, wanted, Scratch(device, prefetch, max_scratch_bytes))
+        _fill(model, loader, wanted, Scratch(device, max_bytes=max_scratch_bytes))
     finally:
         loader.close()
     return model
@@ -385,8 +418,8 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
     if scratch.max_bytes is None:
         head = model.get_output_embeddings()
         bodies = [m.weight for m in model.modules() if type(m) is torch.nn.Linear and m is not head]
-        scratch.max_bytes = max([_LEAST_SCRATCH_BYTES, *(w.numel() * w.element_size() for w in bodies)])
-    largest = 0
+        scratch.max_bytes = max([_LEAST_WHOLE_BYTES, *(w.numel() * w.element_size() for w in bodies)])
+    sizes = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) not in (torch.nn.Linear, torch.nn.Embedding):
             continue
@@ -412,13 +445,13 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
             new: torch.nn.Module = CompressedEmbedding(weight, module.padding_idx)
         else:
             new = CompressedLinear(weight, module.bias, scratch)
-            largest = max(largest, scratch.rows_at_a_time(weight) * weight.columns * dtype.itemsize)
+            sizes.append(_aligned(scratch.rows_at_a_time(weight) * weight.columns * dtype.itemsize))
         new.train(module.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
         done |= names
-    if largest:
-        scratch.reserve(largest)
+    sizes = sorted(sizes, reverse=True)
+    scratch.reserve(sum(sizes[:2]))
     others = {name: source for name, source in sources.items() if name not in done}
     making.fill(loader, list(making.places_of(model, others, empty, loader).values()))
     making.finish(model, loader, untied - done, set())

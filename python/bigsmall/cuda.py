@@ -43,7 +43,7 @@ def current_stream_number(device: torch.device) -> int:
 
 def is_capturing() -> bool:
     """Whether the current stream of the current GPU is being captured in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:

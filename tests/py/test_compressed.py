@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,41 @@ class OnCPU(compressed.CompressedWeight):
         self.decodes: list[tuple[int, int]] = []
 
     def decode(self, out: torch.Tensor, first_row: int = 0) -> None:
-        assert out.is_contiguous() and out.shape[1] == self.columns
+        assert out.is_contiguous()
+        assert out.shape[1] == self.columns
         first, count = first_row * self.columns, out.numel()
-        assert first % 65536 == 0 and (count % 65536 == 0 or first + count == self.rows * self.columns)
+        assert first % 65536 == 0
+        assert count % 65536 == 0 or first + count == self.rows * self.columns
         out.copy_(self.all[first_row : first_row + out.shape[0]])
         self.decodes.append((first_row, out.shape[0]))
 
     def gather(self, ids: torch.Tensor, out: torch.Tensor) -> None:
-        assert ids.dtype == torch.int64 and ids.is_contiguous() and out.is_contiguous()
+        assert ids.dtype == torch.int64
+        assert ids.is_contiguous()
+        assert out.is_contiguous()
         out.copy_(self.all[ids])
+
+
+class BatchOnCPU(compressed._Batch):
+    def __init__(self, weights: Sequence[Any], memory: torch.Tensor) -> None:
+        self.views = {}
+        at = 0
+        for weight in weights:
+            self.views[weight] = compressed._matrix(memory[at:], weight.rows, weight)
+            at += compressed._aligned(weight.n_bytes)
+        assert at <= memory.numel()
+        self.decodes = 0
+
+    def decode(self) -> None:
+        self.decodes += 1
+        for weight, view in self.views.items():
+            view.copy_(weight.all)
 
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed, "CompressedWeight", OnCPU)
+    monkeypatch.setattr(compressed, "_Batch", BatchOnCPU)
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda, "device_memory", lambda n, device: torch.full((n,), 0x55, dtype=torch.uint8))
 
@@ -68,7 +90,7 @@ def llama(folder: Path, **changed: Any) -> Path:
 
 def resident(path: Path, **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(path)
-    return compressed.resident_model(path, config, str(path), torch.device("cpu"), prefetch=False, **options)
+    return compressed.resident_model(path, config, str(path), torch.device("cpu"), **options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -88,6 +110,18 @@ def test_a_model(tmp_path: Path, tied: bool, max_scratch_bytes: int) -> None:
                 model.generate(prompt, max_new_tokens=5, do_sample=False),
                 plain.generate(prompt, max_new_tokens=5, do_sample=False),
             )
+    # From the second pass on they are decoded in batches, each once a pass, and in another order still right.
+    scratch = model.lm_head.scratch
+    batches = list(scratch._batches.values())
+    assert sum(len(batch.views) for batch in batches) >= 6
+    before = [batch.decodes for batch in batches]
+    x = torch.randn(2, 5, 64).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert [batch.decodes for batch in batches] == [n + 1 for n in before]
+        for layer in (1, 0, 0, 1):
+            assert torch.equal(model.model.layers[layer].mlp(x), plain.model.layers[layer].mlp(x))
+        assert torch.equal(model(ids).logits, plain(ids).logits)
     head = model.lm_head.compressed
     # 1,024 rows of 64 elements are a block; of 384,000 bytes 200,000 are one slice of two.
     assert (head.decodes[0] == (0, 3000)) == (max_scratch_bytes > 200_000)
@@ -126,7 +160,7 @@ def test_slices_are_whole_blocks() -> None:
             self.n_bytes = 2 * rows * columns
 
     for rows, columns, most in ((128256, 4096, 288 << 20), (151936, 3584, 256 << 20), (1000, 517, 1 << 18), (5, 3, 1)):
-        scratch = Scratch(torch.device("cpu"), prefetch=False, max_bytes=most)
+        scratch = Scratch(torch.device("cpu"), max_bytes=most)
         n = scratch.rows_at_a_time(Shape(rows, columns))  # type: ignore[arg-type]
         assert n == rows or n * columns % 65536 == 0
         assert n == rows or n * columns * 2 <= most

@@ -133,7 +133,7 @@ def test_compressed_linear_and_embedding(zoo: dict[str, Path]) -> None:
         assert equal(weight.decoded(), plain), name
         for bias in (None, torch.randn(plain.shape[0], device=device, dtype=plain.dtype)):
             x = torch.randn(3, 5, plain.shape[1], device=device, dtype=plain.dtype)
-            for scratch in (None, Scratch(device, prefetch=False)):
+            for scratch in (None, Scratch(device, max_bytes=1)):
                 layer = CompressedLinear(weight, bias, scratch)
                 assert equal(layer(x), torch.nn.functional.linear(x, plain, bias)), name
         ids = torch.randint(0, plain.shape[0], (4, 70), device=device)
@@ -178,12 +178,17 @@ def test_resident(tmp_path: Path, tied: bool) -> None:
     with torch.inference_mode():
         want = plain(ids).logits
         tokens = plain.generate(ids, max_new_tokens=20, do_sample=False)
-        for prefetch in (False, True):
-            model = huggingface.from_pretrained(path, kind, resident="compressed", prefetch=prefetch)
-            assert sum(isinstance(m, CompressedLinear) for m in model.modules()) == 4 * 7 + 1
-            for _ in range(3):
-                assert equal(model(ids).logits, want)
-            assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), tokens)
+        model = huggingface.from_pretrained(path, kind, resident="compressed")
+        assert sum(isinstance(m, CompressedLinear) for m in model.modules()) == 4 * 7 + 1
+        for _ in range(3):
+            assert equal(model(ids).logits, want)
+        assert model.model.layers[0].mlp.up_proj.scratch._batches
+        assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), tokens)
+        # In another order, and parts of a pass.
+        for layer in (3, 0, 0, 2):
+            x = torch.randn(2, 5, 512, device="cuda", dtype=torch.bfloat16)
+            assert equal(model.model.layers[layer].mlp(x), plain.model.layers[layer].mlp(x))
+        assert equal(model(ids).logits, want)
     with pytest.raises(errors.InvalidArgument, match="dtype"):
         huggingface.from_pretrained(path, kind, resident="compressed", dtype=torch.float16)
 
@@ -194,21 +199,19 @@ def test_resident_in_a_graph(tmp_path: Path) -> None:
 
     path = llama(tmp_path)
     ids = torch.randint(0, 4000, (1, 8), device="cuda")
-    for prefetch in (False, True):
-        model = huggingface.from_pretrained(
-            path, transformers.AutoModelForCausalLM, resident="compressed", prefetch=prefetch
-        )
-        with torch.inference_mode():
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    want = model(ids, use_cache=False).logits.clone()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                got = model(ids, use_cache=False).logits
+    model = huggingface.from_pretrained(path, transformers.AutoModelForCausalLM, resident="compressed")
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
             for _ in range(3):
-                got.zero_()
-                graph.replay()
-                torch.cuda.synchronize()
-                assert equal(got, want), prefetch
+                want = model(ids, use_cache=False).logits.clone()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(ids, use_cache=False).logits
+        for _ in range(3):
+            got.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert equal(got, want)
+            assert equal(model(ids, use_cache=False).logits, want)

@@ -98,8 +98,8 @@ def from_pretrained(
     device      : where the whole model goes, such as "cuda": device_map={"": device}
     resident    : "compressed" keeps linear layers and embeddings compressed in the memory of a GPU and decodes each
                   just before its product, for about 0.7 of the memory; results are the ordinary model's, bit for bit.
-                  `device` is a GPU then, None for the current one; `dtype` has to be the checkpoint's; prefetch=False
-                  and max_scratch_bytes are those of bigsmall.compressed.resident_model; other kwargs are refused
+                  `device` is a GPU then, None for the current one; `dtype` has to be the checkpoint's;
+                  max_scratch_bytes is that of bigsmall.compressed.resident_model; other kwargs are refused
     subfolder, revision, token, cache_dir, local_files_only : as in transformers
     kwargs      : for the from_pretrained of model_class: dtype, device_map, output_loading_info, ... Those that are
                   attributes of the configuration change it
@@ -186,7 +186,7 @@ def _resident(
         raise errors.InvalidArgument(f'resident is {resident!r}: it may be "compressed", or None')
     if variant is not None or stream or base is not None:
         raise errors.InvalidArgument("resident='compressed' goes with neither variant nor stream nor base")
-    known = {"prefetch", "max_scratch_bytes"} & kwargs.keys()
+    known = {"max_scratch_bytes"} & kwargs.keys()
     options = {name: kwargs.pop(name) for name in known}
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     if kwargs:
