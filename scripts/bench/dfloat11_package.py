@@ -14,6 +14,7 @@ _folder = Path(_spec.submodule_search_locations[0])
 ptx = _folder / "decode.ptx"
 
 _utils = importlib.util.spec_from_file_location("dfloat11_utils", _folder / "dfloat11_utils.py")
-assert _utils is not None and _utils.loader is not None
+assert _utils is not None
+assert _utils.loader is not None
 utils = importlib.util.module_from_spec(_utils)
 _utils.loader.exec_module(utils)
