@@ -380,6 +380,30 @@ class Reader:
             _native.call_long(call, workers=None, n_bytes=tensor.n_bytes, progress=None, paths=[self.path])
         return _native.Handle(out[0], lib.bs_weight_close, owner)
 
+    def plan(
+        self, tensor: TensorInfo, payload: _native.Memory | None = None, program: _native.Memory | None = None
+    ) -> tuple[int, int]:
+        """Bytes of a tensor's payload and of the program by which a device decodes it. With memory for both, of at
+        least these sizes, they are put there, the payload verified. Unsupported where it is for the CPU."""
+        ffi, lib = _native.library()
+        nothing = _native.Memory(0, 0)
+        (a, n), (b, m) = payload or nothing, program or nothing
+        lengths, error = ffi.new("size_t[2]"), ffi.new("bs_error *")
+        status = lib.bs_reader_plan(
+            self._live().raw,
+            tensor.position,
+            ffi.cast("void *", a),
+            n,
+            ffi.cast("void *", b),
+            m,
+            lengths,
+            lengths + 1,
+            ffi.NULL,
+            error,
+        )
+        _native.check(status, error, [self.path])
+        return int(lengths[0]), int(lengths[1])
+
     def _fetch_and_decode(
         self,
         parts: Parts,

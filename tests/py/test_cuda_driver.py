@@ -627,8 +627,8 @@ def test_damaged_files(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_wrong_streams_with_right_checksums(files: dict[str, Path], tmp_path: Path) -> None:
-    """Files that an encoder with a fault may have made, or somebody who means harm: the device finds what the CPU finds,
-    and where that finds nothing both give the same bytes."""
+    """Files that an encoder with a fault may have made, or somebody who means harm: the device finds what the CPU
+    finds, and where that finds nothing both give the same bytes."""
     pytest.importorskip("xxhash")
     child(
         """
@@ -680,7 +680,8 @@ def test_wrong_streams_with_right_checksums(files: dict[str, Path], tmp_path: Pa
         random = np.random.default_rng(int(sys.argv[3]))
         whole, path = open(sys.argv[1], "rb").read(), sys.argv[2]
         found = {"right": 0, "wrong": 0}
-        for name in ("bf16", "bf16.spiky", "f16", "f32", "f32.spiky", "f32.of.f16", "f8", "ones", "bf16.4095", "f32.4095"):
+        names = ("bf16", "bf16.spiky", "f16", "f32", "f32.spiky", "f32.of.f16", "f8", "ones", "bf16.4095", "f32.4095")
+        for name in names:
             for turn in range(int(sys.argv[4])):
                 def change(block):
                     n = len(block)
@@ -801,7 +802,8 @@ def test_batches_of_weights(files: dict[str, Path]) -> None:
         batch = ffi.new("bs_weight_batch **")
         assert lib.bs_weight_batch_open(handles, places, len(weights), notes, n[0] - 1, ffi.NULL, batch, error) == 12
         assert lib.bs_weight_batch_open(handles, places, len(weights), notes + 8, n[0], ffi.NULL, batch, error) == 10
-        _native.check(lib.bs_weight_batch_open(handles, places, len(weights), notes, n[0], ffi.NULL, batch, error), error)
+        status = lib.bs_weight_batch_open(handles, places, len(weights), notes, n[0], ffi.NULL, batch, error)
+        _native.check(status, error)
         for _ in range(2):
             launches = driver.calls("cuLaunchKernel")
             _native.check(lib.bs_weight_batch_decode(batch[0], ffi.NULL, error), error)
