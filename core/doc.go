@@ -6,6 +6,11 @@
 // before anything is allocated (container.go), a payload's head is parsed, its blocks are read, verified and decoded in
 // parallel straight into the caller's memory (reader.go) or a file (decompress.go).
 //
+// A GPU gets compressed bytes (device.go): chunks of blocks go through a ring of page-locked buffers, or straight from memory
+// that is page-locked already, with a program that says how to decode them (codecs/program.go, codecs/gpu); kernels verify
+// the bytes and decode them into place while the next chunk is read. What they do not take, and what they report, the host
+// decodes. capi has the driver's functions.
+//
 //	capi (C functions) -> core (files) -> codecs (tensors) -> codecs/rans, codecs/planes -> codecs/cpu
 //	                                   -> codecs/md5 ----------------------------------->
 //
@@ -24,6 +29,8 @@
 //	pipeline.go     many tensors coded at once, written in order
 //	digests.go      many tensors digested at once: MD5 is cheap only side by side
 //	reader.go       Reader: decoding tensors, ranges, many at once
+//	device.go       the same into the memory of a GPU
+//	weight.go       tensors that stay compressed there
 //	base.go         the base model of a delta
 //	compress.go     files and directories in, decompress.go out again
 //	shard.go        bigsmall.index.json
