@@ -42,6 +42,7 @@
 //	Gather(u64 record, u64 ids, u32 n, u32 rowWords, u64 out, status)  n CTAs: row ids[i] (i64) goes to place i of out; one
 //	                                        field, words of 2 or 4 bytes; a row is at most 2 segments long; the status
 //	                                        becomes the least i whose row is damaged or does not exist
+//
 // What bounds them, on an H100. A stream is 2,048 dependent turns of some 160 ns, so one block takes a third of a
 // millisecond, and a device is busy only with thousands of streams: 0.77 TB/s of BF16 from 5,120 blocks, 0.93 from segments
 // of a fourth of a block. Three things bought most of it: tables expanded to an entry a slot (three reads of shared memory a

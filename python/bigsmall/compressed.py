@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -165,7 +166,8 @@ def _matrix(memory: torch.Tensor, rows: int, weight: CompressedWeight) -> torch.
 
 
 class Scratch:
-    """Device memory that the modules of one model decode to, in one stream at a time.
+    """Device memory that the modules of one model decode to. Threads take turns at it, product by product, and streams
+    wait for each other; only CUDA graphs must not be replayed while something else uses it.
 
     A model asks for its matrices in the same order at every pass. From the second pass on, those that follow each
     other are decoded together, as many as there is room for: a matrix alone seldom keeps a GPU busy. One that comes in
@@ -178,6 +180,8 @@ class Scratch:
         self.device = device
         self.max_bytes = max_bytes
         self._memory = cuda.device_memory(0, device)
+        self._lock = threading.Lock()
+        self._stream: Any = None  # that used it last
         self._order: list[CompressedWeight] | None = []  # of the first pass; None when it is known
         self._batches: dict[CompressedWeight, _Batch] = {}  # by the first weight of each
         self._coming: Iterator[tuple[CompressedWeight, torch.Tensor]] = iter(())  # decoded and not asked for yet
@@ -256,6 +260,20 @@ class Scratch:
 
     def product(self, x: torch.Tensor, weight: CompressedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         """torch.nn.functional.linear of the decoded weight."""
+        with self._lock:
+            self._take_over()
+            return self._product(x, weight, bias)
+
+    def _take_over(self) -> None:
+        """Has the current stream wait for the products of another one that used the memory last."""
+        stream = cuda.current_stream(self.device)
+        if stream != self._stream:
+            # A capture begins when the device is idle, and must not wait for what is outside of it.
+            if self._stream is not None and not cuda.is_capturing():
+                stream.wait_stream(self._stream)
+            self._stream, self._coming = stream, iter(())
+
+    def _product(self, x: torch.Tensor, weight: CompressedWeight, bias: torch.Tensor | None) -> torch.Tensor:
         rows = self.rows_at_a_time(weight)
         if rows == weight.rows:
             return torch.nn.functional.linear(x, self.get(weight), bias)

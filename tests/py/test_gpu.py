@@ -196,6 +196,28 @@ def test_resident(tmp_path: Path, tied: bool) -> None:
         huggingface.from_pretrained(path, kind, resident="compressed", dtype=torch.float16)
 
 
+def test_resident_in_threads_and_streams(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    transformers = pytest.importorskip("transformers")
+    from bigsmall.integrations import huggingface
+
+    path = llama(tmp_path)
+    kind = transformers.AutoModelForCausalLM
+    plain = huggingface.from_pretrained(path, kind, dtype="auto", device="cuda")
+    model = huggingface.from_pretrained(path, kind, resident="compressed")
+
+    def run(seed: int) -> bool:
+        ids = torch.randint(0, 4000, (1, 40), generator=torch.Generator().manual_seed(seed)).cuda()
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            same = all(equal(model(ids).logits, plain(ids).logits) for _ in range(5))
+            torch.cuda.current_stream().synchronize()
+        return same
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(8)))
+
+
 def test_resident_in_a_graph(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from bigsmall.integrations import huggingface
