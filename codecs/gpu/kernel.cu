@@ -384,6 +384,7 @@ __device__ bool plane(const u8 *block, const Plane *p, const Field *f, u32 shift
     const u16 *listed = (const u16 *)(block + p->listed);
     const u32 n = p->patches, carried = p->kind == kCoded ? min(2 * n, kLanes) : 0;
     const u32 mask = ((1u << (f->sym + f->rest)) - 1) << up;
+    u32 least = 0;  // position that the next patch may have
 #pragma unroll 1
     for (u32 k0 = 0; k0 < n; k0 += kLanes) {
         const u32 k = k0 + lane();
@@ -392,8 +393,11 @@ __device__ bool plane(const u8 *block, const Plane *p, const Field *f, u32 shift
             const u32 i = k + j * n, here = __shfl_sync(kAll, (u32)carry, i % kLanes);
             number[j] = k >= n ? 0 : i < carried ? here : listed[i - carried];
         }
+        const u32 after = __shfl_sync(kAll, number[0] + 1, (lane() + kLanes - 1) % kLanes);
+        const u32 from_here = lane() == 0 ? least : after;
+        least = __shfl_sync(kAll, number[0] + 1, kLanes - 1);
         if (k >= n) continue;
-        if (number[0] >= span.n || number[1] >> f->sym) {
+        if (number[0] < from_here || number[0] >= span.n || number[1] >> f->sym) {
             ok = false;
         } else if (number[0] - span.first < span.last - span.first) {
             const u32 i = number[0];

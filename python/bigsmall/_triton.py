@@ -167,10 +167,14 @@ def _decode_field(  # type: ignore[no-untyped-def]
         position += (
             tl.load(payload16 + listed + k - carried, mask=there & (k >= carried), other=0).to(tl.int32) & 0xFFFF
         )
+        k1 = k - 1
+        after = tl.load(carried_numbers + block * 32 + k1, mask=there & (k > 0) & (k1 < carried), other=0)
+        listed_before = tl.load(payload16 + listed + k1 - carried, mask=there & (k > 0) & (k1 >= carried), other=0)
+        after += (listed_before.to(tl.int32) & 0xFFFF) + 1
         k2 = k + patches
         value = tl.load(carried_numbers + block * 32 + k2, mask=there & (k2 < carried), other=0)
         value += tl.load(payload16 + listed + k2 - carried, mask=there & (k2 >= carried), other=0).to(tl.int32) & 0xFFFF
-        fits = (position < n) & ((value >> sym) == 0)
+        fits = (position < n) & ((value >> sym) == 0) & ((k == 0) | (position >= after))
         good = good & (fits | (k >= patches))
         use = there & fits
         v = value.to(tl.uint32) << above

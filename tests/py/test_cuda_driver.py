@@ -685,7 +685,7 @@ def test_wrong_streams_with_right_checksums(files: dict[str, Path], tmp_path: Pa
             for turn in range(int(sys.argv[4])):
                 def change(block):
                     n = len(block)
-                    where = random.integers(0, (n, 160, n)[turn % 3])  # anywhere, or where a stream begins
+                    where = random.integers(0, (n, min(160, n), n)[turn % 3])  # anywhere, or where a stream begins
                     if turn % 5 == 4:
                         block[where : where + 40] = random.bytes(len(block[where : where + 40]))
                     else:

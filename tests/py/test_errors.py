@@ -451,3 +451,15 @@ def test_memory_that_is_not_there(make, monkeypatch) -> None:
     monkeypatch.setattr(np, "empty", refuse)
     with pytest.raises(MemoryError):
         bigsmall.decompress(target)
+
+
+# ---- a device that cannot ----
+
+
+def test_no_device_and_a_device_that_fails() -> None:
+    """What brings them about needs a driver, or the one of test_cuda_driver."""
+    for status, cls in ((errors.NO_DEVICE, errors.NoDevice), (errors.DEVICE, errors.DeviceError)):
+        with raises(status, cls, "the reason"):
+            raise errors.from_status(status, "the reason")
+    assert issubclass(errors.NoDevice, errors.DeviceError)
+    assert issubclass(errors.DeviceError, RuntimeError)
