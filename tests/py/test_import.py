@@ -33,7 +33,7 @@ import sys
 sys.modules["torch"] = None
 import bigsmall
 for name in bigsmall.__all__:
-    if name not in ("StreamingLoader", "StreamingModel", "load"):
+    if name not in ("CompressedEmbedding", "CompressedLinear", "StreamingLoader", "StreamingModel", "load"):
         getattr(bigsmall, name)
 """)
 
@@ -50,7 +50,7 @@ except bigsmall.errors.Unsupported as error:
     assert "needs torch" in str(error)
 else:
     raise SystemExit("no error")
-for name in ("StreamingLoader", "StreamingModel", "load"):
+for name in ("CompressedEmbedding", "CompressedLinear", "StreamingLoader", "StreamingModel", "load"):
     try:
         getattr(bigsmall, name)
     except ModuleNotFoundError as error:
