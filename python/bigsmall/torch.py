@@ -155,7 +155,7 @@ def load(
 
     A GPU decodes the tensors itself: their compressed bytes go there, by way of 4 to 128 MiB of page-locked and as much
     of its own memory, which torch keeps for the next time; `verify` copies the tensors back. Where the GPU cannot do so
-    (one older than compute capability 7.0, one of ROCm without Triton) a warning says why, and tensors are decoded on
+    (one older than compute capability 7.5, one of ROCm without Triton) a warning says why, and tensors are decoded on
     the CPU and copied, as for every other device: by way of three buffers of 64 to 256 MiB, or less where less is
     needed.
 
