@@ -254,7 +254,8 @@ def decode(
             if verify:
                 _verify_there(reader, tensors, into)
             return
-        _warn_once(f"{obstacle}: tensors are decoded on the CPU and copied to the device, which takes longer")
+        reason = obstacle.removesuffix("; decode on the CPU and copy")  # so the library advises
+        _warn_once(f"{reason}: tensors are decoded on the CPU and copied to the device, which takes longer")
         there: Device = Cuda(into, device)
     else:
         there = Device(into)

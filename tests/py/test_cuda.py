@@ -3,8 +3,10 @@ needed, torch's tensors are in the memory of the driver of the tests, which the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
@@ -35,30 +37,47 @@ from fakecuda import Driver
 warnings.simplefilter("error")  # none is expected unless a test says so
 driver = Driver()
 
+@contextlib.contextmanager
+def in_context():
+    before = driver.make("cuCtxGetCurrent")
+    driver("cuCtxSetCurrent", context)
+    try:
+        yield
+    finally:
+        driver("cuCtxSetCurrent", before)
+
+def call(function, *arguments):
+    with in_context():
+        driver(function, *arguments)
+
+def make(function, *arguments):
+    with in_context():
+        return driver.make(function, *arguments)
+
 def tensor_at(address, n_bytes, free):
     memory = (ctypes.c_char * max(n_bytes, 1)).from_address(address)
-    weakref.finalize(memory, driver, free, address)
+    weakref.finalize(memory, call, free, address)
     return torch.frombuffer(memory, dtype=torch.uint8)[:n_bytes]
 
 def device_memory(n_bytes, device):
     assert device == torch.device("cuda", 0)
-    return tensor_at(driver.alloc(max(n_bytes, 1)), n_bytes, "cuMemFree_v2")
+    return tensor_at(make("cuMemAlloc_v2", max(n_bytes, 1)), n_bytes, "cuMemFree_v2")
 
 def page_locked(n_bytes, device):
-    return tensor_at(driver.make("cuMemHostAlloc", n_bytes, 0), n_bytes, "cuMemFreeHost")
+    return tensor_at(make("cuMemHostAlloc", n_bytes, 0), n_bytes, "cuMemFreeHost")
 
 class Stream:
     def __init__(self, device):
-        self.cuda_stream = driver.make("cuStreamCreate", 1)
-        weakref.finalize(self, driver, "cuStreamDestroy_v2", self.cuda_stream)
+        self.cuda_stream = make("cuStreamCreate", 1)
+        weakref.finalize(self, call, "cuStreamDestroy_v2", self.cuda_stream)
 
 entered = []  # the threads of the library's calls
 
 @contextlib.contextmanager
 def current(stream, device):
-    driver("cuCtxSetCurrent", context)
     entered.append(threading.current_thread())
-    yield
+    with in_context():
+        yield
 
 def empty(tensor, shape=None, device="cpu", plain=bigsmall_torch.empty):
     made = plain(tensor, shape)
@@ -80,12 +99,11 @@ def bits(tensor):
     return bytes(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
 
 def compare(got, want):
-    driver("cuCtxSetCurrent", context)
     assert got.keys() == want.keys()
     for name, tensor in got.items():
         assert (tensor.dtype, tensor.shape) == (want[name].dtype, want[name].shape), name
-        assert driver.read(tensor.data_ptr(), tensor.nbytes) == bits(want[name]), name
-    driver("cuCtxSetCurrent", 0)
+        with in_context():
+            assert driver.read(tensor.data_ptr(), tensor.nbytes) == bits(want[name]), name
 
 def clean(report="1 modules"):
     """Nothing was done wrong, and all memory and streams were given back but the kernels."""
@@ -285,7 +303,7 @@ def test_control_c(folder: Path) -> None:
     else:
         raise SystemExit("no KeyboardInterrupt")
     assert [thread.name for thread in entered] == ["bigsmall"]
-    clean(driver.report() and "1 modules")  # the kernels may not have been loaded yet
+    clean(driver.report() and "1 modules")  # the kernels may not be loaded yet
     cuda._current = current
     compare(bigsmall.load(sys.argv[1], "cuda"), bigsmall.load(sys.argv[1]))
     clean()
@@ -387,6 +405,31 @@ def test_verify_looks_at_what_the_device_has(folder: Path, monkeypatch: pytest.M
             placement.decode(reader, reader.tensors, into, torch.device("cuda", 0))
             with pytest.raises(errors.ChecksumMismatch, match=f"{spoilt}.*MD5 of the decoded bytes"):
                 placement.decode(reader, reader.tensors, into, torch.device("cuda", 0), verify=True)
+
+
+def test_layers_are_decoded_on_the_callers_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives out the memory of a layer again after what is queued on that one, where the caller computes."""
+    own = threading.local()
+    log = []
+    read = bigsmall.StreamingLoader._read
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        own.stream = stream
+        yield
+        own.stream = None
+
+    def noted(self, *arguments):
+        log.append((getattr(own, "stream", None), threading.current_thread().name))
+        return read(self, *arguments)
+
+    own.stream = "the caller's"
+    monkeypatch.setattr(cuda, "current_stream", lambda device: getattr(own, "stream", None))
+    monkeypatch.setattr(cuda, "on_stream", on_stream)
+    monkeypatch.setattr(bigsmall.StreamingLoader, "_read", noted)
+    with bigsmall.StreamingLoader(folder, "cpu") as loader:
+        assert [name for name, _ in loader.iter_layers()] == ["layers.1", "layers.2"]
+    assert log == [("the caller's", "bigsmall-layers")] * 2
 
 
 def test_which_device_map_is_one_gpu() -> None:

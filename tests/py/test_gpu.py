@@ -84,6 +84,41 @@ def test_load_on_a_stream_of_its_own(zoo: dict[str, Path]) -> None:
             assert all(equal(got[name], want[name]) for name in want)
 
 
+def test_from_threads_that_never_used_the_device(zoo: dict[str, Path]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    want = bigsmall.load(zoo["storage"])
+    with ThreadPoolExecutor(3) as pool:
+        for got in pool.map(lambda _: bigsmall.load(zoo["storage"], device="cuda"), range(6)):
+            assert all(equal(got[name], want[name]) for name in want)
+
+
+def test_layers_on_a_stream_of_its_own(tmp_path: Path) -> None:
+    """The memory of a layer that is dropped is given out again while the product with it is still to come."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(5)
+    want = {f"layers.{k}.w": (torch.randn(2048, 2048, generator=generator) * 0.02).bfloat16() for k in range(12)}
+    save_file(want, tmp_path / "layers.safetensors")
+    bigsmall.compress(tmp_path / "layers.safetensors", tmp_path / "layers.bs")
+    stream = torch.cuda.Stream()
+    copies = {}
+    with torch.cuda.stream(stream), bigsmall.StreamingLoader(tmp_path / "layers.bs", "cuda") as loader:
+        junk = torch.randn(4096, 4096, device="cuda")
+        for name, tensors in loader.iter_layers():
+            for _ in range(3):
+                junk = junk @ junk * 1e-3
+            copies[f"{name}.w"] = tensors.pop(f"{name}.w").clone()
+    stream.synchronize()
+    assert all(equal(copies[name], want[name]) for name in want)
+
+
+def test_devices_that_are_not_there(zoo: dict[str, Path]) -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(errors.InvalidArgument, match=f"cuda:{count} is invalid"):
+        bigsmall.load(zoo["balanced"], device=f"cuda:{count}")
+
+
 def test_memory_comes_back(zoo: dict[str, Path]) -> None:
     bigsmall.load(zoo["balanced"], device="cuda")
     gc.collect()
