@@ -162,6 +162,11 @@ func go_weight_batch_open(list **C.bs_weight, dst *C.uint64_t, n C.size_t, devic
 			}
 			h := &handle{}
 			err = onCUDA(cuda, func(d *cudaDevice) (err error) {
+				for k, w := range unsafe.Slice(list, int(n)) {
+					if handleOf(unsafe.Pointer(w)).module != d.module {
+						return invalid("weight %d is in another CUDA context than the one that is current", k)
+					}
+				}
 				h.batch, err = core.OpenBatch(weights, places, uint64(device), room(deviceRoom), d)
 				h.module = d.module
 				return err

@@ -39,8 +39,8 @@
 //	Decode8, Decode16, Decode32(records, units, first, u64 out, status)  words of 1, 2, 4 bytes; out replaces the record's if not 0
 //	Restart(records, units, first, status)  fills in restart points; quads are of whole blocks
 //	Verify(records, units, first, status)   checks blocks against their XXH3-64; quads are of whole blocks
-//	Gather(u64 record, u64 ids, u32 n, u32 rowWords, u64 out, status)  n CTAs: row ids[i] (i64) goes to place i of out; one
-//	                                        field, words of 2 or 4 bytes; a row is at most 2 segments long; the status
+//	Gather(u64 record, u64 ids, u32 n, u32 rowWords, u64 out, status)  n CTAs: row ids[i] (i64) goes to place i of out;
+//	                                        words of 2 or 4 bytes; a row is at most 2 segments long; the status
 //	                                        becomes the least i whose row is damaged or does not exist
 //
 // What bounds them, on an H100. A stream is 2,048 dependent turns of some 160 ns, so one block takes a third of a

@@ -332,8 +332,7 @@ class CompressedEmbedding(torch.nn.Module):  # type: ignore[misc]
     """torch.nn.Embedding whose weight, of shape [num_embeddings, embedding_dim], stays compressed. The rows that are
     asked for are decoded and no others. For inference.
 
-    An index that is out of range leaves its place of the result as it is: unlike torch.nn.Embedding, which stops the
-    device.
+    An index that is out of range gives a row of NaN: unlike torch.nn.Embedding, which stops the device.
     """
 
     def __init__(self, weight: CompressedWeight, padding_idx: int | None = None) -> None:
@@ -353,7 +352,8 @@ class CompressedEmbedding(torch.nn.Module):  # type: ignore[misc]
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices of dtype {ids.dtype}, not int64 or int32")
         flat = ids.reshape(-1).to(torch.int64).contiguous()
-        out = torch.empty(flat.numel(), self.embedding_dim, dtype=self.compressed.dtype, device=self.compressed.device)
+        shape = (flat.numel(), self.embedding_dim)
+        out = torch.full(shape, torch.nan, dtype=self.compressed.dtype, device=self.compressed.device)
         if flat.numel():
             self.compressed.gather(flat, out)
         return out.view(*ids.shape, self.embedding_dim)
@@ -435,7 +435,8 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
     making.make_buffers(model, sources)
     reader = loader.reader
     untied = empty.keys() - sources.keys()
-    kept: dict[int, CompressedWeight | None] = {}  # by the parameter, which several modules may share
+    kept: dict[str, CompressedWeight | None] = {}  # by the tensor, which several modules may share
+    by_name = making.ties_what_is_missing(model)
     done: set[str] = set()
     if scratch.max_bytes is None:
         head = model.get_output_embeddings()
@@ -446,9 +447,12 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
         if type(module) not in (torch.nn.Linear, torch.nn.Embedding):
             continue
         parameter = module.weight
-        names = {other for other, tensor in empty.items() if tensor is parameter}
+        own = f"{name}.weight"
+        names = [other for other, tensor in empty.items() if tensor is parameter]
+        if by_name and own in sources:
+            names = [own]
         source = next((sources[other] for other in names if other in sources), None)
-        if source is None or names & keep_in_fp32:
+        if source is None or keep_in_fp32.intersection(names):
             continue
         stored = getattr(torch, source.dtype.name)
         if stored != dtype:
@@ -457,10 +461,10 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
                 'weight that stays compressed keeps its dtype; pass dtype="auto" or the checkpoint\'s own'
             )
         if isinstance(module, torch.nn.Embedding) and (module.max_norm is not None or source.shape[1] > _LONGEST_ROW):
-            kept[id(parameter)] = None
-        if id(parameter) not in kept:
-            kept[id(parameter)] = _compressed(reader, source, loader.device)
-        weight = kept[id(parameter)]
+            kept[source.name] = None
+        if source.name not in kept:
+            kept[source.name] = _compressed(reader, source, loader.device)
+        weight = kept[source.name]
         if weight is None:
             continue
         if isinstance(module, torch.nn.Embedding):
@@ -471,12 +475,12 @@ def _fill(model: Any, loader: StreamingLoader, dtype: torch.dtype, scratch: Scra
         new.train(module.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-        done |= names
+        done.update(names)
     sizes = sorted(sizes, reverse=True)
     scratch.reserve(sum(sizes[:2]))
     others = {name: source for name, source in sources.items() if name not in done}
     making.fill(loader, list(making.places_of(model, others, empty, loader).values()))
-    making.finish(model, loader, untied - done, set())
+    making.finish(model, loader, untied - done or None, set())
 
 
 def _compressed(reader: Reader, tensor: TensorInfo, device: torch.device) -> CompressedWeight | None:

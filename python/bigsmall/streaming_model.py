@@ -397,14 +397,14 @@ def fill(loader: StreamingLoader, places: Sequence[Place]) -> None:
             place.fill(tensors.pop(place.source.name))
 
 
-def finish(model: Any, loader: StreamingLoader, untied: set[str], away: set[int]) -> None:
-    """Puts buffers where the model runs, ties what no tensor was for, and makes sure that nothing is on the meta device
-    but the tensors with these ids."""
+def finish(model: Any, loader: StreamingLoader, untied: set[str] | None, away: set[int]) -> None:
+    """Puts buffers where the model runs, ties what the model ties where no tensor was for these names (None: nothing),
+    and makes sure that nothing is on the meta device but the tensors with these ids."""
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:
             module_name, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module_name), leaf, buffer.to(loader.device))
-    if untied:
+    if untied is not None:
         _tie(model, untied)
     absent = [
         name
@@ -531,9 +531,14 @@ def make_buffers(model: Any, sources: Mapping[str, TensorInfo]) -> None:
             model.initialize_weights()
 
 
+def ties_what_is_missing(model: Any) -> bool:
+    """Whether a tensor that the checkpoint has stays untied (transformers 5), or is ignored where the model ties it."""
+    return "missing_keys" in inspect.signature(model.tie_weights).parameters
+
+
 def _tie(model: Any, missing: set[str]) -> None:
     """Ties what the model ties, as transformers does after loading a checkpoint that lacks these names."""
-    if "missing_keys" in inspect.signature(model.tie_weights).parameters:
+    if ties_what_is_missing(model):
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
     else:
         model.tie_weights()

@@ -227,7 +227,7 @@ func TestKernelsDecode(t *testing.T) {
 				require.Equal(t, uint32(gpu.Sound), d.decode(t, 1<<log), d.name)
 				d.requireEqual(t)
 			}
-			if d.word > 1 && d.fields == 1 {
+			if d.word > 1 {
 				d.gather(t)
 			}
 		}
