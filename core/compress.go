@@ -2,7 +2,6 @@ package core
 
 import (
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -259,57 +258,24 @@ func within(path, dir string) bool {
 	return err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator))
 }
 
-// newTree builds a directory in a sibling of dst and gives it its name once build is through.
+// newTree builds a directory beside dst and gives it its name once build is through.
 func newTree(src, dst string, force bool, build func(tmp string) error) error {
 	if within(dst, src) || within(src, dst) {
 		return failf(InvalidArgument, "%s and %s lie within each other: choose a target elsewhere", src, dst)
 	}
-	old := false
-	if info, err := os.Stat(dst); err == nil {
-		if !info.IsDir() {
-			return &Error{Status: IO, File: dst, Msg: "exists and is no directory", Err: os.ErrExist}
-		}
-		entries, err := os.ReadDir(dst)
-		if err != nil {
-			return err
-		}
-		if old = true; len(entries) > 0 && !force {
-			return &Error{Status: IO, File: dst, Msg: "exists and is not empty: remove it, or replace it by force", Err: os.ErrExist}
-		}
-	}
-	parent, name := filepath.Split(filepath.Clean(dst))
-	if parent == "" {
-		parent = "."
-	}
-	tmp, err := os.MkdirTemp(parent, "."+name+".tmp-"+pid+"-")
+	info, err := os.Stat(src)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
-	if info, err := os.Stat(src); err != nil {
-		return err
-	} else if err := os.Chmod(tmp, info.Mode().Perm()|0o700); err != nil {
+	tmp, err := newTemporaryTree(dst, info.Mode(), force)
+	if err != nil {
 		return err
 	}
-	if err := build(tmp); err != nil {
+	if err := build(tmp.name); err != nil {
+		tmp.abandon()
 		return err
 	}
-	if old {
-		aside := tmp + ".old"
-		if err := os.Rename(dst, aside); err != nil {
-			return err
-		}
-		if err := os.Rename(tmp, dst); err != nil {
-			return errors.Join(err, os.Rename(aside, dst))
-		}
-		syncDir(dst)
-		return os.RemoveAll(aside)
-	}
-	if err := os.Rename(tmp, dst); err != nil {
-		return err
-	}
-	syncDir(dst)
-	return nil
+	return tmp.publish()
 }
 
 // copyFile copies contents and permissions.

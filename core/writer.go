@@ -7,9 +7,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -42,107 +40,6 @@ func (r *Result) add(x Result) {
 	r.OutputBytes += x.OutputBytes
 	r.Tensors += x.Tensors
 	r.Files += x.Files
-}
-
-// temporary is a file beside its target that becomes it at once, or vanishes.
-type temporary struct {
-	*os.File
-	target    string
-	noReplace bool
-}
-
-// newTemporary makes the file that will become target. It gets the permissions of what it replaces, else those of the
-// source, mode: what was private stays private.
-func newTemporary(target string, mode os.FileMode, noReplace bool) (*temporary, error) {
-	if noReplace {
-		if _, err := os.Lstat(target); err == nil {
-			return nil, &Error{Status: IO, File: target, Msg: "exists already", Err: os.ErrExist}
-		}
-	}
-	// A link keeps pointing where it points: what it names is what is replaced.
-	for range 40 {
-		to, err := os.Readlink(target)
-		if err != nil {
-			break
-		}
-		if !filepath.IsAbs(to) {
-			to = filepath.Join(filepath.Dir(target), to)
-		}
-		target = to
-	}
-	if info, err := os.Stat(target); err == nil {
-		if !info.Mode().IsRegular() {
-			return nil, &Error{Status: InvalidArgument, File: target, Msg: "is a directory or a device: give the name of a file to write"}
-		}
-		mode = info.Mode()
-	}
-	if _, err := os.Stat(filepath.Dir(target)); err != nil {
-		return nil, inFile(err, filepath.Dir(target))
-	}
-	f, err := createBeside(target)
-	if err != nil {
-		return nil, err
-	}
-	if err := f.Chmod(mode.Perm()); err != nil {
-		f.Close()
-		os.Remove(f.Name())
-		return nil, err
-	}
-	return &temporary{f, target, noReplace}, nil
-}
-
-// createBeside makes a new file next to target.
-func createBeside(target string) (*os.File, error) {
-	for {
-		name := fmt.Sprintf(".%s.tmp-%s-%08x", filepath.Base(target), pid, rand.Uint32())
-		f, err := os.OpenFile(filepath.Join(filepath.Dir(target), name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		if !os.IsExist(err) {
-			return f, err
-		}
-	}
-}
-
-// publish syncs the file and gives it its name.
-func (t *temporary) publish() error {
-	err := t.Sync()
-	if e := t.Close(); err == nil {
-		err = e
-	}
-	if err == nil && t.noReplace {
-		// Unlike a rename, a link never replaces; file systems without links get another look instead.
-		if err = os.Link(t.Name(), t.target); err == nil || os.IsExist(err) {
-			os.Remove(t.Name())
-			syncDir(t.target)
-			return err
-		}
-		if _, err = os.Lstat(t.target); err == nil {
-			err = &Error{Status: IO, File: t.target, Msg: "exists already", Err: os.ErrExist}
-		} else if os.IsNotExist(err) {
-			err = nil
-		}
-	}
-	if err == nil {
-		err = os.Rename(t.Name(), t.target)
-	}
-	if err != nil {
-		os.Remove(t.Name())
-		return err
-	}
-	syncDir(t.target)
-	return nil
-}
-
-func (t *temporary) abandon() {
-	t.Close()
-	os.Remove(t.Name())
-}
-
-// syncDir makes a rename durable; file systems that cannot are left alone.
-func syncDir(path string) {
-	if d, err := os.Open(filepath.Dir(path)); err == nil {
-		_ = d.Sync()
-		d.Close()
-	}
 }
 
 // writer writes one `.bs` file from front to back.
@@ -495,22 +392,6 @@ func (w *writer) readBack(size int64) error {
 	return nil
 }
 
-// plainMode is what a file made from nothing gets. The umask cannot be read without setting it, for the whole process: a
-// file that is made and removed tells it.
-func plainMode() os.FileMode {
-	f, err := os.OpenFile(filepath.Join(os.TempDir(), fmt.Sprintf(".bigsmall-%s-%08x", pid, rand.Uint32())), os.O_CREATE|os.O_EXCL, 0o666)
-	if err != nil {
-		return 0o600
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return 0o600
-	}
-	return info.Mode()
-}
-
 // Writer writes a `.bs` file from tensors in memory.
 type Writer struct {
 	w    *writer
@@ -569,7 +450,7 @@ func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, 
 		src.metadata, _ = json.Marshal(m, json.Deterministic(true))
 	}
 	src.prefix = writeSource(src.tensors, src.metadata)
-	w, err := newWriter(path, plainMode(), src, "", opts, ties{}, "")
+	w, err := newWriter(path, 0, src, "", opts, ties{}, "")
 	if err != nil {
 		return nil, inFile(err, path)
 	}

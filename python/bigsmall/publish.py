@@ -153,6 +153,7 @@ def compress_for_hub(
         raise errors.NoDirectory(errno.ENOTDIR, f"{source} is no directory: give the one that holds the model", source)
     output = os.path.realpath(output_dir)
     _apart(root, output)
+    _sweep(output)
     with _own_errors():
         split = _split(source, _walk(root, _NOT_OF_THE_MODEL), keep)
         left_out.update(split.left_out)
@@ -430,7 +431,8 @@ def _beside(output: str) -> Iterator[str]:
     parent, name = os.path.split(output)
     if not os.path.isdir(parent):
         raise errors.FileMissing(errno.ENOENT, f"{parent}, where {name} is to be written, is no directory", parent)
-    work = tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=parent)
+    work = tempfile.mkdtemp(prefix=f".{name}.hub-", dir=parent)
+    lock = _lock(work)
     try:
         yield work
     except BaseException as error:
@@ -440,6 +442,42 @@ def _beside(output: str) -> Iterator[str]:
     finally:
         if not _half_replaced(work):
             shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: str) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed, or None where someone else holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(number)
+        return None
+    return number
+
+
+def _sweep(output: str) -> None:
+    """Removes what processes that were killed left beside the output, and puts back what one was about to replace."""
+    parent, name = os.path.split(output)
+    for work in glob.glob(os.path.join(glob.escape(parent), glob.escape(f".{name}.hub-") + "?" * 8)):
+        lock = _lock(work)
+        if lock is None:
+            continue
+        try:
+            if _half_replaced(work) and not os.path.lexists(output):
+                os.rename(os.path.join(work, _OLD), output)
+            if not _half_replaced(work):
+                shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def _half_replaced(work: str) -> bool:

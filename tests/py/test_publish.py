@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bigsmall
-from bigsmall import api, errors
+from bigsmall import api, errors, publish
 from bigsmall.publish import compress_for_hub, upload_to_hub
 from fakehub import FakeHub
 from helpers import bfloat16, run_script, tree, weights, write_safetensors
@@ -612,6 +612,26 @@ def test_what_cannot_be_put_back_is_kept(model, tmp_path, monkeypatch, second) -
     assert os.path.dirname(os.path.dirname(kept[1])) == str(tmp_path)
     rename(kept[1], output)
     assert state(output) == before
+
+
+def test_what_a_killed_process_left(model, tmp_path) -> None:
+    output = tmp_path / "out"
+    compress_for_hub(model, output)
+    before = state(output)
+    left = tmp_path / ".out.hub-abcd1234"  # killed between its two renames
+    (left / "made").mkdir(parents=True)
+    output.rename(left / "old")
+    (tmp_path / ".out.hub-abcd5678" / "made").mkdir(parents=True)  # and before them
+    living = tmp_path / ".out.hub-abcd9012"
+    living.mkdir()
+    lock = publish._lock(str(living))
+    assert lock is not None
+    publish._sweep(str(output))
+    assert state(output) == before
+    assert beside(output) == {"model", "out", living.name}
+    os.close(lock)
+    compress_for_hub(model, output)
+    assert beside(output) == {"model", "out"}
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
