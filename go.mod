@@ -11,4 +11,7 @@ require (
 	golang.org/x/sys v0.41.0
 )
 
-require go.yaml.in/yaml/v3 v3.0.5 // indirect
+require (
+	github.com/klauspost/reedsolomon v1.14.2 // indirect
+	go.yaml.in/yaml/v3 v3.0.5 // indirect
+)

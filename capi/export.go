@@ -503,3 +503,27 @@ func go_verify(name, source, base *C.char, j *C.bs_job, out *C.bs_verify_result,
 		return nil
 	})
 }
+
+//export go_repair
+func go_repair(name, dst *C.char, j *C.bs_job, out *C.bs_repair_result, e *C.bs_error) C.int32_t {
+	return call(nil, e, func() error {
+		p, err := path(name, "path")
+		if err != nil {
+			return err
+		}
+		job, err := jobOf(j)
+		if err != nil {
+			return err
+		}
+		if out != nil {
+			if err := sized(nil, out.size, unsafe.Sizeof(*out), "bs_repair_result"); err != nil {
+				return err
+			}
+		}
+		did, err := core.Repair(p, optional(dst), job)
+		if out != nil {
+			out.n_files, out.n_repaired, out.n_pieces = C.uint64_t(did.Files), C.uint64_t(did.Repaired), C.uint64_t(did.Pieces)
+		}
+		return err
+	})
+}

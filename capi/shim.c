@@ -279,3 +279,8 @@ bs_status bs_reader_plan(bs_reader *reader, uint64_t index, void *payload, size_
     return (bs_status)go_reader_plan(reader, index, payload, payload_cap, program, program_cap, payload_len, program_len,
                                      (void *)job, error);
 }
+
+bs_status bs_repair(const char *path, const char *dst, const bs_job *job, bs_repair_result *result, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_repair((void *)path, (void *)dst, (void *)job, result, error);
+}

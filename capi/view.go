@@ -123,7 +123,10 @@ func compressOptions(o *C.bs_compress_options) (opts core.Options, err error) {
 	if o.mode < 0 || o.mode >= C.int32_t(codecs.EndMode) {
 		return opts, invalid("mode %d is unknown", o.mode)
 	}
-	opts.Mode = codecs.Mode(o.mode)
+	opts.Mode, opts.Parity = codecs.Mode(o.mode), int(o.parity)
+	if o.reserved != 0 {
+		return opts, invalid("reserved bytes of bs_compress_options are set")
+	}
 	return opts, flags(o.flags, &opts)
 }
 

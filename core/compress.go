@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"bigsmall.dev/bigsmall/codecs"
 )
 
 // Compress compresses a `.safetensors` file to a `.bs` file, or a model directory to a new directory.
@@ -23,8 +21,8 @@ func CompressDelta(src, basePath, dst string, opts Options, job *Job) (Result, e
 }
 
 func compress(src, basePath, dst string, opts Options, p *pool) (Result, error) {
-	if opts.Mode >= codecs.EndMode {
-		return Result{}, failf(InvalidArgument, "mode %d", opts.Mode)
+	if err := opts.check(); err != nil {
+		return Result{}, err
 	}
 	info, err := os.Stat(src)
 	if err != nil {
@@ -181,7 +179,7 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 		return res, &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
 	}
 	published = true // finish abandons it where it fails
-	n, err := w.finish(sum)
+	n, err := w.finish(sum, p)
 	if err != nil {
 		return res, inFile(err, dst)
 	}

@@ -149,6 +149,9 @@ type container struct {
 	source  []byte // length and text of the source's safetensors header
 	data    int64  // where the data section begins
 	sha256  []byte
+
+	parity     *parityShape // or nil
+	parityHash uint64       // the trailer's
 }
 
 // openContainer reads and checks everything but the payloads. It trusts nothing: lengths are checked against the file
@@ -229,6 +232,7 @@ func (c *container) open() error {
 type trailer struct {
 	headerLen, dataLen uint64
 	headerHash         uint64
+	parityHash         uint64 // of the section, 0 without one
 }
 
 func (t trailer) append(dst []byte) []byte {
@@ -237,7 +241,7 @@ func (t trailer) append(dst []byte) []byte {
 	dst = binary.LittleEndian.AppendUint64(dst, t.headerLen)
 	dst = binary.LittleEndian.AppendUint64(dst, t.dataLen)
 	dst = binary.LittleEndian.AppendUint64(dst, t.headerHash)
-	dst = binary.LittleEndian.AppendUint64(dst, 0)
+	dst = binary.LittleEndian.AppendUint64(dst, t.parityHash)
 	return binary.LittleEndian.AppendUint64(dst, xxh3.Hash(dst[start:]))
 }
 
@@ -253,10 +257,8 @@ func (c *container) readTrailer() (*trailer, error) {
 	if string(b[:8]) != trailerMagic || xxh3.Hash(b[:40]) != binary.LittleEndian.Uint64(b[40:]) {
 		return nil, nil
 	}
-	if binary.LittleEndian.Uint64(b[32:]) != 0 {
-		return nil, failf(UnsupportedFeature, "reserved bytes of the trailer are set: a newer BigSmall wrote this file")
-	}
-	return &trailer{binary.LittleEndian.Uint64(b[8:]), binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])}, nil
+	word := func(at int) uint64 { return binary.LittleEndian.Uint64(b[at:]) }
+	return &trailer{word(8), word(16), word(24), word(32)}, nil
 }
 
 func (t *trailer) check(size, data int64, text []byte) error {
@@ -289,8 +291,15 @@ func (c *container) checkHeader(t *trailer) error {
 		return at(failf(UnsupportedCodec, "codec %q, written by %s, is unknown to BigSmall %s", x.Codec, c.writerName(), Version), "", x.Name)
 	}
 	if t == nil {
-		return failf(Truncated, "the file does not end with a trailer: it is incomplete or damaged at its end; fetch it again")
+		todo := "fetch it again"
+		for _, s := range h.Sections {
+			if s.Kind == sectionParity {
+				todo = "repair it by its parity, or " + todo
+			}
+		}
+		return failf(Truncated, "the file does not end with a trailer: it is incomplete or damaged at its end; %s", todo)
 	}
+	c.parityHash = t.parityHash
 	if h.Draft != nil && *h.Draft != Draft || ours && h.Draft == nil {
 		d := int64(0)
 		if h.Draft != nil {
@@ -375,6 +384,9 @@ func (c *container) checkEntries() error {
 	}
 	if c.source == nil {
 		return failf(Corrupt, "the section %q is missing", sectionSource)
+	}
+	if c.parity == nil && c.parityHash != 0 {
+		return failf(UnsupportedFeature, "the trailer has the checksum of a section that is not there: a newer BigSmall wrote this file")
 	}
 	return nil
 }
@@ -470,7 +482,11 @@ func (c *container) readSection(s headerSection) error {
 	if !ok {
 		return failf(Corrupt, "section %q has the checksum %q", s.Kind, s.Checksum)
 	}
-	if s.Kind != sectionSource {
+	switch s.Kind {
+	case sectionSource:
+	case sectionParity:
+		return c.readParity(s)
+	default:
 		return nil
 	}
 	if c.source != nil || s.Length > maxHeader {
@@ -491,6 +507,21 @@ func (c *container) readSection(s headerSection) error {
 		return failf(Corrupt, "section %q: %s", s.Kind, err)
 	}
 	return c.checkSource(src)
+}
+
+// readParity knows where the parity is; nothing of it is read. It is the last section, so that it covers the others.
+func (c *container) readParity(s headerSection) error {
+	if c.parity != nil || c.source == nil || int64(s.Offset+s.Length) != c.size-c.data-trailerLen {
+		return failf(Corrupt, "section %q is not the last one", s.Kind)
+	}
+	for percent := range MaxParity {
+		g := newParityShape(c.data+int64(s.Offset), percent+1)
+		if g.size == c.size && hash(xxh3.Hash(g.head())) == s.Checksum {
+			c.parity = &g
+			return nil
+		}
+	}
+	return failf(Corrupt, "section %q of %d bytes for %d: it is of no percentage", s.Kind, s.Length, c.data+int64(s.Offset))
 }
 
 // checkSource makes sure that the source's header and ours tell of the same tensors.

@@ -24,11 +24,19 @@ type Report struct {
 	Bad     []Problem
 }
 
-// Problem is one damaged or different tensor.
+// Problem is one damaged or different tensor, or, with an empty name, what is wrong with all of a file.
 type Problem struct {
 	File    string `json:"file"`
 	Tensor  string `json:"tensor"`
 	Problem string `json:"problem"`
+	Blocks  []int  `json:"blocks,omitempty"` // of 65,536 words, whose checksums differ
+}
+
+// add reports something once: what is wrong with a tensor comes up again with those that are tied to it.
+func (rep *Report) add(x Problem) {
+	if !slices.ContainsFunc(rep.Bad, func(y Problem) bool { return x.File == y.File && x.Tensor == y.Tensor && x.Problem == y.Problem }) {
+		rep.Bad = append(rep.Bad, x)
+	}
 }
 
 // Verify decodes everything and checks every checksum and MD5; with a source (a `.safetensors` file or directory) it
@@ -53,7 +61,7 @@ func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 		if !damage {
 			return rep, err
 		}
-		rep.Bad = append(rep.Bad, e)
+		rep.add(e)
 	}
 	// A file beside another, or in a folder, stands against the one of the same name.
 	beside := func(root, file string) string {
@@ -73,9 +81,7 @@ func Verify(path, sourcePath, basePath string, job *Job) (Report, error) {
 		}
 		rep.Tensors += one.Tensors
 		for _, x := range one.Bad {
-			if !slices.Contains(rep.Bad, x) {
-				rep.Bad = append(rep.Bad, x)
-			}
+			rep.add(x)
 		}
 	}
 	if !found {
@@ -91,7 +97,19 @@ func damaged(err error) (Problem, bool) {
 	if !missing && (e.Status != Corrupt && e.Status != Truncated && e.Status != Checksum || isSafetensors(e.File)) {
 		return Problem{}, false
 	}
-	return Problem{strings.ToValidUTF8(e.File, "?"), e.Tensor, e.Msg}, true
+	return Problem{strings.ToValidUTF8(e.File, "?"), e.Tensor, e.Msg, nil}, true
+}
+
+// allBlocks names all damaged blocks of a tensor of which one is.
+func (r *Reader) allBlocks(i int, x *Problem) {
+	t, err := r.master(r.tensors[i])
+	if err != nil {
+		return
+	}
+	if bad, err := t.file.badBlocks(t.entry, codecs.NewScratch()); err == nil && len(bad) > 0 {
+		x.Blocks = bad
+		x.Problem = fmt.Sprintf("checksums of %s differ, of %d in all", blockNumbers(bad), (t.entry.bytes-1)/int64(codecs.BlockWords*t.entry.dtype.WordBytes())+1)
+	}
 }
 
 func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report, error) {
@@ -108,7 +126,7 @@ func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report,
 	}
 	rep := Report{Tensors: len(r.tensors)}
 	report := func(tensor, format string, args ...any) {
-		rep.Bad = append(rep.Bad, Problem{strings.ToValidUTF8(path, "?"), tensor, fmt.Sprintf(format, args...)})
+		rep.add(Problem{strings.ToValidUTF8(path, "?"), tensor, fmt.Sprintf(format, args...), nil})
 	}
 	var src *base
 	if sourcePath != "" {
@@ -151,11 +169,22 @@ func verifyFile(path, sourcePath, basePath string, total bool, p *pool) (Report,
 		if !damage {
 			return err
 		}
+		if StatusOf(err) != Truncated {
+			r.allBlocks(i, &x)
+		}
 		mu.Lock()
 		defer mu.Unlock()
-		rep.Bad = append(rep.Bad, x)
+		rep.add(x)
 		return nil
 	})
+	if err == nil {
+		if err = r.files[0].checkParity(p); err != nil {
+			if x, damage := damaged(err); damage {
+				rep.add(x)
+				err = nil
+			}
+		}
+	}
 	if err == nil && len(rep.Bad) == 0 {
 		if src != nil && len(src.prefixes) == 1 && !bytes.Equal(src.prefixes[0], r.files[0].source) {
 			report("", "the source has another header: shapes, metadata or the order of tensors differ")
@@ -233,6 +262,7 @@ func (r *Reader) Info() ([]byte, error) {
 		BaseModel   *string      `json:"base_model"`
 		Writer      string       `json:"writer"`
 		FileBytes   int64        `json:"file_bytes"`
+		ParityBytes int64        `json:"parity_bytes"`
 		SourceBytes int64        `json:"source_bytes"`
 		SHA256      *string      `json:"sha256"`
 		Files       []string     `json:"files"`
@@ -250,6 +280,9 @@ func (r *Reader) Info() ([]byte, error) {
 	for _, c := range r.files {
 		all.Files = append(all.Files, strings.ToValidUTF8(c.name, "?"))
 		all.FileBytes += c.size
+		if c.parity != nil {
+			all.ParityBytes += c.parity.sectionLen()
+		}
 		all.SourceBytes += c.sourceBytes()
 		src, err := c.sourceLayout()
 		if err != nil {

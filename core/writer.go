@@ -25,6 +25,17 @@ type Options struct {
 	SHA256    bool // store the SHA-256 of the whole source
 	NoReplace bool // refuse to replace an existing file
 	Force     bool // replace a directory that is not empty
+	Parity    int  // percent of the file that is added so that it can be repaired; see Repair
+}
+
+func (o *Options) check() error {
+	if o.Mode >= codecs.EndMode {
+		return failf(InvalidArgument, "mode %d", o.Mode)
+	}
+	if o.Parity < 0 || o.Parity > MaxParity {
+		return failf(InvalidArgument, "parity of %d percent: give 0 for none, up to %d", o.Parity, MaxParity)
+	}
+	return nil
 }
 
 var modeNames = map[codecs.Mode]string{codecs.Balanced: "balanced", codecs.Inference: "inference", codecs.Storage: "storage"}
@@ -102,7 +113,7 @@ func headerReserve(src *source, base string, shared ties) (total int64, entries 
 	if src.metadata != nil {
 		total += int64(len(src.metadata))
 	}
-	total += 600 + 6*int64(len(base))
+	total += 750 + 6*int64(len(base))
 	// A source's header with much padding must not unpack from a small file.
 	return max(total, (int64(len(src.prefix))-1<<20)/4), entries
 }
@@ -333,7 +344,7 @@ func hash(sum uint64) string { return fmt.Sprintf("%016x", sum) }
 
 // finish writes section, header and trailer, opens what was written as a reader would, and publishes the file. Where it
 // fails nothing of the file remains.
-func (w *writer) finish(sha256 []byte) (size int64, err error) {
+func (w *writer) finish(sha256 []byte, p *pool) (size int64, err error) {
 	published := false
 	defer func() {
 		if !published {
@@ -346,6 +357,12 @@ func (w *writer) finish(sha256 []byte) (size int64, err error) {
 	}
 	w.head.Sections = []headerSection{{sectionSource, uint64(w.next), uint64(len(section)), hash(xxh3.Hash(section)), false}}
 	w.next += int64(len(section))
+	var parity parityShape
+	if w.opts.Parity > 0 {
+		parity = newParityShape(w.dataAt+w.next, w.opts.Parity)
+		w.head.Sections = append(w.head.Sections, headerSection{sectionParity, uint64(w.next), uint64(parity.sectionLen()), hash(xxh3.Hash(parity.head())), true})
+		w.next += parity.sectionLen()
+	}
 	w.head.SHA256 = hex.EncodeToString(sha256)
 	text := append(make([]byte, 0, w.dataAt), magic...)
 	text = binary.LittleEndian.AppendUint16(text, formatVersion)
@@ -358,8 +375,13 @@ func (w *writer) finish(sha256 []byte) (size int64, err error) {
 	if _, err := w.tmp.WriteAt(text, 0); err != nil {
 		return 0, err
 	}
-	end := trailer{uint64(w.dataAt), uint64(w.next), xxh3.Hash(text)}.append(nil)
-	if _, err := w.tmp.WriteAt(end, w.dataAt+w.next); err != nil {
+	end := trailer{headerLen: uint64(w.dataAt), dataLen: uint64(w.next), headerHash: xxh3.Hash(text)}
+	if w.opts.Parity > 0 {
+		if end.parityHash, err = writeParity(w.tmp.File, parity, p); err != nil {
+			return 0, err
+		}
+	}
+	if _, err := w.tmp.WriteAt(end.append(nil), w.dataAt+w.next); err != nil {
 		return 0, err
 	}
 	size = w.dataAt + w.next + trailerLen
@@ -411,6 +433,9 @@ type Spec struct {
 func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, error) {
 	if opts.SHA256 || opts.Force {
 		return nil, failf(InvalidArgument, "the flags for a SHA-256 and for directories go with files and directories, not with a writer")
+	}
+	if err := opts.check(); err != nil {
+		return nil, err
 	}
 	src := &source{}
 	seen := map[string]bool{}
@@ -496,7 +521,7 @@ func (w *Writer) Finish() (Result, error) {
 		}
 	}
 	w.done = true
-	n, err := w.w.finish(nil)
+	n, err := w.w.finish(nil, newPool(nil))
 	return Result{w.w.srcBytes + int64(len(w.w.source.prefix)), n, len(w.put), 1}, inFile(err, w.w.tmp.target)
 }
 

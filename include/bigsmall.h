@@ -42,7 +42,7 @@ extern "C" {
 #endif
 
 /* Raised by one when a function or struct changes in a way that an existing caller would notice. */
-#define BS_ABI_VERSION 3
+#define BS_ABI_VERSION 4
 
 /* Most dimensions a tensor may have; the limit of numpy and torch. */
 #define BS_MAX_DIMS 64
@@ -127,6 +127,8 @@ typedef struct bs_compress_options {
     size_t size;
     int32_t mode;  /* bs_mode */
     int32_t flags; /* BS_FLAG_* */
+    int32_t parity;   /* percent of the file, 0 to 100, that is added so that bs_repair can mend it */
+    int32_t reserved; /* 0 */
 } bs_compress_options;
 
 typedef struct bs_decompress_options {
@@ -355,8 +357,8 @@ typedef struct bs_tensor_spec {
     const uint64_t *shape;
 } bs_tensor_spec;
 
-/* Largest `.bs` file that `source_bytes` bytes in n_tensors tensors whose names take name_bytes bytes can become; metadata
- * adds at most twice its length. */
+/* Largest `.bs` file, without parity, that `source_bytes` bytes in n_tensors tensors whose names take name_bytes bytes can
+ * become; metadata adds at most twice its length. */
 BS_API uint64_t bs_compress_bound(uint64_t source_bytes, uint64_t n_tensors, uint64_t name_bytes);
 
 /* Begins a file of exactly these tensors. metadata: a JSON object of strings, or NULL. Of the flags only
@@ -400,10 +402,24 @@ typedef struct bs_verify_result {
 
 /* Decodes everything, of a directory every `.bs` file below it, and checks every checksum, MD5 and stored SHA-256; with
  * `source` (a `.safetensors` file or directory) compares with it too. Damaged tensors (and headers, with an empty name for
- * the tensor) are counted and listed in `report`, one JSON object {"file", "tensor", "problem"} a line, as
+ * the tensor) are counted and listed in `report`, one JSON object {"file", "tensor", "problem"} a line, with
+ * "blocks", the numbers of its damaged blocks of 65,536 words, where that is known, as
  * many whole lines as fit report_cap; their length goes to *report_len. BS_OK means that the check ran: look at n_bad. */
 BS_API bs_status bs_verify(const char *path, const char *source, const char *base, const bs_job *job,
                            bs_verify_result *result, char *report, size_t report_cap, size_t *report_len, bs_error *error);
+
+typedef struct bs_repair_result {
+    size_t size;
+    uint64_t n_files;    /* files looked at */
+    uint64_t n_repaired; /* of them, written anew */
+    uint64_t n_pieces;   /* pieces of 4096 bytes that were damaged */
+} bs_repair_result;
+
+/* Makes a damaged file whole by its parity; what is whole stays as it is. The file is written anew, and takes the place of
+ * dst, or, where that is NULL, of path, once every checksum in it is right. A directory is repaired in place, every `.bs`
+ * file below it; where one cannot be, the others are all the same, and its error is returned. More damage than the parity
+ * can make good is BS_CORRUPT, and a damaged file without parity has the status of its damage; nothing changes then. */
+BS_API bs_status bs_repair(const char *path, const char *dst, const bs_job *job, bs_repair_result *result, bs_error *error);
 
 #ifdef __cplusplus
 }

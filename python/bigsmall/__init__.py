@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bigsmall import errors
     from bigsmall.api import (
         BadTensor,
+        RepairResult,
         VerifyReport,
         compress,
         compress_delta,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         decompress,
         decompress_delta,
         info,
+        repair,
         set_cpu,
         verify,
     )
@@ -52,6 +54,7 @@ _EXPORTS = {
     "BadTensor": "api",
     "CompressedEmbedding": "compressed",
     "CompressedLinear": "compressed",
+    "RepairResult": "api",
     "StreamingLoader": "layers",
     "StreamingModel": "streaming_model",
     "VerifyReport": "api",
@@ -65,6 +68,7 @@ _EXPORTS = {
     "info": "api",
     "install_hook": "integrations.huggingface",
     "load": "torch",
+    "repair": "api",
     "safe_open": "streaming",
     "save_file": "numpy",
     "set_cpu": "api",
@@ -77,6 +81,7 @@ __all__ = [
     "BadTensor",
     "CompressedEmbedding",
     "CompressedLinear",
+    "RepairResult",
     "StreamingLoader",
     "StreamingModel",
     "VerifyReport",
@@ -92,6 +97,7 @@ __all__ = [
     "info",
     "install_hook",
     "load",
+    "repair",
     "safe_open",
     "save_file",
     "set_cpu",

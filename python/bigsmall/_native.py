@@ -29,7 +29,7 @@ except ImportError as missing:
         f"bigsmall is not installed, only its source was found ({Path(__file__).parent}): pip install ./python"
     ) from missing
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 
 _MOST_WORKERS = 2**31 - 1  # what bs_job has room for
 

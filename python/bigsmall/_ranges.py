@@ -34,6 +34,7 @@ _TRIES = 5
 _RETRIED = (408, 429, 500, 502, 503, 504)
 
 _PREAMBLE_BYTES = 10
+_TRAILER_BYTES = 48
 _MOST_HEADER_BYTES = 100_000_000
 
 _Stopped = Callable[[], bool]
@@ -117,12 +118,17 @@ class Ranges:
         bring(len(first), header_end)
         try:
             header = json.loads(bytes(memory[_PREAMBLE_BYTES:header_end]))
-            sections = min(header_end + int(section["offset"]) for section in header["sections"])
+            offsets = {section["kind"]: header_end + int(section["offset"]) for section in header["sections"]}
+            sections, parity = min(offsets.values()), offsets.get("parity", size)
         except (ValueError, LookupError, TypeError, RecursionError):
-            sections = size
+            sections = parity = size
         begin = max(header_end, len(first))
-        tail = max(begin, min(sections, size - _LAST_BYTES), size - _MOST_HEADER_BYTES)
-        bring(tail, size)
+        # Readers have no use for the parity. It is the last section, and may be as large as all before it.
+        trailer = max(begin, size - _TRAILER_BYTES)
+        last = size if parity >= trailer else max(begin, parity)
+        tail = max(begin, min(sections, last - _LAST_BYTES), last - _MOST_HEADER_BYTES)
+        bring(tail, last)
+        bring(max(last, trailer), size)
         return memory, begin, tail
 
     # ---- who needs what ----

@@ -1,4 +1,4 @@
-"""Files and directories: compress, restore, look into, check; and which instructions that uses."""
+"""Files and directories: compress, restore, look into, check, repair; and which instructions that uses."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def _compress(
     sha256: bool,
     overwrite: bool,
     force: bool,
+    parity: int,
     progress: bool,
 ) -> dict[str, int]:
     flags = FLAG_SHA256 * sha256 | FLAG_NO_REPLACE * (not overwrite) | FLAG_FORCE * force
-    options = compress_options(mode, flags)
+    options = compress_options(mode, flags, parity)
     c_src, c_dst = _native.path_bytes(src), _native.path_bytes(dst)
     label = "compressing" if progress else None
     if base is None:
@@ -98,6 +99,7 @@ def compress(
     sha256: bool = False,
     overwrite: bool = True,
     force: bool = False,
+    parity: int = 0,
     progress: bool = False,
 ) -> str:
     """Compresses a `.safetensors` file to a `.bs` file, or a model directory to a new directory; returns `dst`.
@@ -107,6 +109,7 @@ def compress(
     sha256    : store the SHA-256 of the whole source, which decompress then checks
     overwrite : False refuses to replace an existing file (FileExistsError)
     force     : replace an existing, non-empty target directory
+    parity    : percent of the file, 0 to 100, that is added so that `repair` can mend as much damage
     progress  : show a bar on standard error, where that is a terminal
 
     What is written is decoded again and compared before it takes the name `dst`; on any failure, and on Ctrl-C, nothing
@@ -121,6 +124,7 @@ def compress(
         sha256=sha256,
         overwrite=overwrite,
         force=force,
+        parity=parity,
         progress=progress,
     )
     return os.fsdecode(dst)
@@ -136,6 +140,7 @@ def compress_delta(
     sha256: bool = False,
     overwrite: bool = True,
     force: bool = False,
+    parity: int = 0,
     progress: bool = False,
 ) -> str:
     """Compresses a fine-tune as its difference to a base model; returns `dst`. To read it, the same base is needed.
@@ -154,6 +159,7 @@ def compress_delta(
         sha256=sha256,
         overwrite=overwrite,
         force=force,
+        parity=parity,
         progress=progress,
     )
     return os.fsdecode(dst)
@@ -240,8 +246,9 @@ def info(src: Path) -> dict[str, Any]:
     """What the headers of a `.bs` file or directory say; no tensor is decoded.
 
     Keys: path, file_size (bytes), format, mode, model_type, base_model, tensor_count, source_bytes, ratio_pct
-    (file_size / source_bytes in percent, None where nothing was compressed), writer, sha256, and tensors: a list of
-    dicts with name, shape, dtype, source_dtype, source_shape, n_bytes, compressed_bytes, codec, special, md5, file.
+    (file_size / source_bytes in percent, None where nothing was compressed), parity_bytes, writer, sha256, and tensors:
+    a list of dicts with name, shape, dtype, source_dtype, source_shape, n_bytes, compressed_bytes, codec, special, md5,
+    file.
     """
     with Reader(src) as reader:
         said = reader.info()
@@ -256,6 +263,7 @@ def info(src: Path) -> dict[str, Any]:
             "tensor_count": len(said["tensors"]),
             "source_bytes": source,
             "ratio_pct": round(100 * size / source, 2) if source else None,
+            "parity_bytes": said["parity_bytes"],
             "writer": said.get("writer"),
             "sha256": said.get("sha256"),
             "tensors": said["tensors"],
@@ -269,6 +277,7 @@ class BadTensor:
     file: str
     tensor: str
     problem: str
+    blocks: tuple[int, ...] = ()  # numbers of the damaged blocks, of 65,536 words each, where that is known
 
 
 @dataclass(frozen=True)
@@ -317,8 +326,44 @@ def verify(
     bad = []
     for line in lines:
         entry = json.loads(line)
-        bad.append(BadTensor(entry["file"], entry["tensor"], entry["problem"]))
+        bad.append(BadTensor(entry["file"], entry["tensor"], entry["problem"], tuple(entry.get("blocks", ()))))
     return VerifyReport(result.n_bad == 0, result.n_tensors, result.n_bad, bad)
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What `repair` did: files it looked at, those of them that it wrote anew, and how many pieces of 4096 bytes were
+    damaged."""
+
+    n_files: int
+    n_repaired: int
+    n_pieces: int
+
+
+def repair(src: Path, dst: Path | None = None, *, workers: int | None = None, progress: bool = False) -> RepairResult:
+    """Makes a damaged `.bs` file whole by the parity it was compressed with; what is whole stays as it is.
+
+    src      : file, or directory, whose `.bs` files are all repaired in place
+    dst      : file to write instead of replacing `src`
+    workers  : threads, None for all available
+    progress : show a bar on standard error, where that is a terminal
+
+    The repaired file is written anew and takes its name once every checksum in it is right. Raises Corrupt where more
+    is damaged than the parity makes good, Corrupt, Truncated or ChecksumMismatch where a damaged file has none (nothing
+    changes then; the other files of a directory are repaired all the same), or OSError.
+    """
+    ffi, lib = _native.library()
+    result = ffi.new("bs_repair_result *")
+    result.size = ffi.sizeof("bs_repair_result")
+    c_src = _native.path_bytes(src)
+    c_dst = ffi.NULL if dst is None else _native.path_bytes(dst)
+    _native.call_long(
+        lambda job, error: lib.bs_repair(c_src, c_dst, job, result, error),
+        workers=workers,
+        progress="repairing" if progress else None,
+        paths=[os.fsdecode(path) for path in (src, dst) if path is not None],
+    )
+    return RepairResult(result.n_files, result.n_repaired, result.n_pieces)
 
 
 def cpu() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bigsmall import errors
+from bigsmall.writer import MOST_PARITY
 
 _RUNS = 3  # of each measurement of `benchmark`
 _MOST_THREADS = 2**31 - 1
@@ -126,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", metavar="BASE", help="store the difference to this base model")
     sub.add_argument("--sha256", action="store_true", help="store the SHA-256 of the source")
     sub.add_argument("--force", action="store_true", help="replace an existing target directory")
+    sub.add_argument(
+        "--parity", type=_percent, default=0, metavar="PERCENT", help="add so much that `repair` can mend damage"
+    )
 
     sub = command("decompress", _decompress, "Restore what was compressed, byte for byte.")
     sub.add_argument("src", metavar="SRC", help=".bs file or directory")
@@ -141,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("src", metavar="SRC", help=".bs file or directory")
     sub.add_argument("--source", metavar="ST", help="compare with this .safetensors file or directory too")
     sub.add_argument("--base", metavar="BASE", help="the base model of a delta")
+
+    sub = command("repair", _repair, "Make a damaged file whole by its parity; a whole one stays as it is.")
+    sub.add_argument("src", metavar="SRC", help=".bs file or directory compressed with --parity")
+    sub.add_argument("-o", "--output", metavar="OUT", help="file to write (default: SRC itself is replaced)")
 
     sub = command("benchmark", _benchmark, "Measure ratio and speed on a file; nothing is left behind.")
     sub.add_argument("src", metavar="SRC", help=".safetensors file or model directory")
@@ -164,6 +173,13 @@ def _threads(text: str) -> int:
         if 1 <= (number := int(text)) <= _MOST_THREADS:
             return number
     raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {_MOST_THREADS}")
+
+
+def _percent(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if 0 <= (number := int(text)) <= MOST_PARITY:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a whole number of percent from 0 to {MOST_PARITY}")
 
 
 class _Version(argparse.Action):
@@ -237,6 +253,7 @@ def _compress(args: argparse.Namespace) -> int:
             sha256=args.sha256,
             overwrite=args.output is not None,
             force=args.force,
+            parity=args.parity,
             progress=_progress(args),
         )
     except FileExistsError as error:
@@ -333,12 +350,28 @@ def _verify(args: argparse.Namespace) -> int:
             "ok": report.ok,
             "n_tensors": report.n_tensors,
             "n_bad": report.n_bad,
-            "bad": [{"file": bad.file, "tensor": bad.tensor, "problem": bad.problem} for bad in report.bad],
+            "bad": [dataclasses.asdict(bad) for bad in report.bad],
         },
     )
     if not report and _option(args, "quiet") and not _option(args, "json"):
         print(*lines, sep="\n", file=sys.stderr)
     return 0 if report else 1
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    result = api.repair(args.src, args.output, workers=_option(args, "threads"), progress=_progress(args))
+    if result.n_repaired:
+        text = f"repaired {args.src}: {result.n_pieces:,} damaged pieces of 4096 bytes"
+        if os.path.isdir(args.src):
+            text += f" in {result.n_repaired} of {result.n_files} files"
+        if args.output is not None:
+            text += f", written to {args.output}"
+    else:
+        text = f"{args.src} is whole"
+    _say(args, [text], {"path": args.src, "output": args.output, **dataclasses.asdict(result)})
+    return 0
 
 
 def _benchmark(args: argparse.Namespace) -> int:
@@ -362,6 +395,7 @@ def _benchmark(args: argparse.Namespace) -> int:
             sha256=False,
             overwrite=True,
             force=False,
+            parity=0,
             progress=_progress(args),
         )
         compress_s = time.perf_counter() - start

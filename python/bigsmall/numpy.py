@@ -79,6 +79,8 @@ def save_file(
     metadata: Mapping[str, str] | None = None,
     mode: str = "balanced",
     workers: int | None = None,
+    *,
+    parity: int = 0,
 ) -> None:
     """Compresses tensors in memory to a `.bs` file.
 
@@ -88,11 +90,12 @@ def save_file(
     metadata : for the `__metadata__` of the safetensors header, strings to strings
     mode     : "balanced", "inference" (fastest decoding) or "storage" (smallest file)
     workers  : threads, None for all available
+    parity   : percent of the file, 0 to 100, that is added so that `repair` can mend as much damage
 
     ValueError names the tensor whose dtype safetensors cannot hold. OSError where the file cannot be written.
     """
     specs = in_layout_order([_spec(name, tensor) for name, tensor in tensors.items()])
-    with Writer(path, specs, metadata, mode) as writer:
+    with Writer(path, specs, metadata, mode, parity=parity) as writer:
         for spec in specs:
             tensor = tensors[spec.name]
             # A copy, where one is needed, lives for one tensor only.

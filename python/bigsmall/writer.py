@@ -17,6 +17,8 @@ FLAG_SHA256 = 1
 FLAG_NO_REPLACE = 2
 FLAG_FORCE = 4
 
+MOST_PARITY = 100
+
 
 class TensorSpec(NamedTuple):
     """A tensor to be written. `shape` counts storage elements, as torch packs them."""
@@ -41,14 +43,19 @@ def mode_number(mode: str) -> int:
     return number
 
 
-def compress_options(mode: str, flags: int) -> Any:
-    """A bs_compress_options."""
+def compress_options(mode: str, flags: int, parity: int = 0) -> Any:
+    """A bs_compress_options. InvalidArgument for an unknown mode, or a parity that is no percentage from 0 to 100."""
     number = mode_number(mode)
+    if not isinstance(parity, int) or not 0 <= parity <= MOST_PARITY:
+        raise errors.InvalidArgument(
+            f"parity must be a whole number of percent from 0 to {MOST_PARITY}, not {parity!r}"
+        )
     ffi, _ = _native.library()
     options = ffi.new("bs_compress_options *")
     options.size = ffi.sizeof("bs_compress_options")
     options.mode = number
     options.flags = flags
+    options.parity = parity
     return options
 
 
@@ -64,6 +71,7 @@ class Writer:
     specs    : in the order of the file
     metadata : for the `__metadata__` of the safetensors header, strings to strings, or None
     mode     : "balanced", "inference" or "storage"
+    parity   : percent, as in `compress`
 
     Use it in a `with` block: where it ends without `finish()`, nothing of the file remains.
     """
@@ -76,13 +84,14 @@ class Writer:
         mode: str = "balanced",
         *,
         overwrite: bool = True,
+        parity: int = 0,
     ) -> None:
         self.path = os.fsdecode(path)
         self.specs = list(specs)
         self._index = {spec.name: index for index, spec in enumerate(self.specs)}
         if len(self._index) != len(self.specs):
             raise errors.InvalidArgument("two tensors have the same name")
-        options = compress_options(mode, 0 if overwrite else FLAG_NO_REPLACE)
+        options = compress_options(mode, 0 if overwrite else FLAG_NO_REPLACE, parity)
         ffi, lib = _native.library()
         alive = []  # what the structs point to, until the call is over
         structs = ffi.new("bs_tensor_spec[]", len(self.specs))

@@ -163,15 +163,17 @@ def test_by_ranges_nothing_is_stored(hub: FakeHub, shards: Path, tmp_path: Path,
     assert bytes_asked(hub) <= size + 2 * ((256 << 10) + (64 << 10))
 
 
-def test_reader_fetches_what_it_needs(hub: FakeHub, tmp_path: Path) -> None:
-    """One tensor of a large file costs its bytes; a slice of it too, and slices after it nothing."""
+@pytest.mark.parametrize("parity", [0, 50])
+def test_reader_fetches_what_it_needs(hub: FakeHub, tmp_path: Path, parity: int) -> None:
+    """One tensor of a large file costs its bytes; a slice of it too, and slices after it nothing. No parity is read."""
     source = tmp_path / "source"
     source.mkdir()
     tensors = {f"t{i}": ("BF16", (1 << 10, 1 << 10), bfloat16(weights(i, 1 << 10, 1 << 10))) for i in range(6)}
     write_safetensors(source / "model.safetensors", tensors)
-    bigsmall.compress(source, tmp_path / "bs")
+    bigsmall.compress(source, tmp_path / "bs", parity=parity)
     hub.add("me/large", tmp_path / "bs")
-    size = (tmp_path / "bs" / "model.bs").stat().st_size
+    said = bigsmall.info(tmp_path / "bs")
+    size = said["file_size"] - said["parity_bytes"]
     run(
         hub, tmp_path,
         """
