@@ -112,17 +112,15 @@ func go_reader_open_memory(files *C.bs_memory_file, n C.size_t, base *C.char, ou
 
 //export go_reader_close
 func go_reader_close(r *C.bs_reader) {
-	h := handleOf(unsafe.Pointer(r))
-	call(nil, nil, func() error { h.reader.Close(); return nil })
-	freeHandle(unsafe.Pointer(r))
+	closing(unsafe.Pointer(r), func(h *handle) { h.reader.Close() })
 }
 
 // reading calls f with the reader of a handle.
 func reading(r *C.bs_reader, e *C.bs_error, f func(*core.Reader) error) C.int32_t {
 	h := handleOf(unsafe.Pointer(r))
 	return call(h, e, func() error {
-		if h == nil {
-			return invalid("reader is NULL")
+		if h == nil || h.reader == nil {
+			return invalid("reader is NULL, or none")
 		}
 		return f(h.reader)
 	})
@@ -347,8 +345,8 @@ func spec(s *C.bs_tensor_spec) (core.Spec, error) {
 func writing(w *C.bs_writer, e *C.bs_error, f func(*core.Writer) error) C.int32_t {
 	h := handleOf(unsafe.Pointer(w))
 	return call(h, e, func() error {
-		if h == nil {
-			return invalid("writer is NULL")
+		if h == nil || h.writer == nil {
+			return invalid("writer is NULL, or none")
 		}
 		return f(h.writer)
 	})
@@ -385,9 +383,7 @@ func go_writer_finish(w *C.bs_writer, out *C.bs_result, e *C.bs_error) C.int32_t
 
 //export go_writer_close
 func go_writer_close(w *C.bs_writer) {
-	h := handleOf(unsafe.Pointer(w))
-	call(nil, nil, func() error { h.writer.Close(); return nil })
-	freeHandle(unsafe.Pointer(w))
+	closing(unsafe.Pointer(w), func(h *handle) { h.writer.Close() })
 }
 
 // converting is what the functions on whole files share: paths, job and result.

@@ -93,8 +93,8 @@ func go_weight_open(r *C.bs_reader, i, device C.uint64_t, deviceRoom C.size_t, c
 func launching(p unsafe.Pointer, stream unsafe.Pointer, e *C.bs_error, f func(*handle, core.Launcher) error) C.int32_t {
 	h := handleOf(p)
 	return call(h, e, func() error {
-		if h == nil {
-			return invalid("the weight is NULL")
+		if h == nil || h.weight == nil && h.batch == nil {
+			return invalid("the weight is NULL, or none")
 		}
 		return f(h, func(kernel string, ctas int, args ...any) error { return h.module.launch(stream, kernel, ctas, args) })
 	})
@@ -115,7 +115,7 @@ func go_weight_gather(w *C.bs_weight, ids, n, row, dst C.uint64_t, dstRoom C.siz
 }
 
 //export go_weight_close
-func go_weight_close(w *C.bs_weight) { freeHandle(unsafe.Pointer(w)) }
+func go_weight_close(w *C.bs_weight) { closing(unsafe.Pointer(w), func(*handle) {}) }
 
 // weightsOf are the weights of a caller's list of handles.
 func weightsOf(list **C.bs_weight, n C.size_t) ([]*core.Weight, error) {
@@ -125,8 +125,8 @@ func weightsOf(list **C.bs_weight, n C.size_t) ([]*core.Weight, error) {
 	weights := make([]*core.Weight, n)
 	for k, w := range unsafe.Slice(list, int(n)) {
 		h := handleOf(unsafe.Pointer(w))
-		if h == nil {
-			return nil, invalid("weight %d is NULL", k)
+		if h == nil || h.weight == nil {
+			return nil, invalid("weight %d is NULL, or none", k)
 		}
 		weights[k] = h.weight
 	}
@@ -182,7 +182,7 @@ func go_weight_batch_decode(b *C.bs_weight_batch, stream unsafe.Pointer, e *C.bs
 }
 
 //export go_weight_batch_close
-func go_weight_batch_close(b *C.bs_weight_batch) { freeHandle(unsafe.Pointer(b)) }
+func go_weight_batch_close(b *C.bs_weight_batch) { closing(unsafe.Pointer(b), func(*handle) {}) }
 
 //export go_reader_plan
 func go_reader_plan(r *C.bs_reader, i C.uint64_t, payload unsafe.Pointer, payloadRoom C.size_t, program unsafe.Pointer, programRoom C.size_t, payloadLen, programLen *C.size_t, j *C.bs_job, e *C.bs_error) C.int32_t {

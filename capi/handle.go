@@ -19,14 +19,26 @@ func newHandle(h *handle) unsafe.Pointer {
 	return p
 }
 
-func handleOf(p unsafe.Pointer) *handle {
+// handleOf is nil for what is none, as far as that can be told: a closed one may be any memory.
+func handleOf(p unsafe.Pointer) (h *handle) {
 	if p == nil {
 		return nil
 	}
-	return (*(*cgo.Handle)(p)).Value().(*handle)
+	_ = guarded(func() error {
+		h = (*(*cgo.Handle)(p)).Value().(*handle)
+		return nil
+	})
+	return h
 }
 
-func freeHandle(p unsafe.Pointer) {
-	(*(*cgo.Handle)(p)).Delete()
-	C.free(p)
+// closing ends a handle, after f.
+func closing(p unsafe.Pointer, f func(*handle)) {
+	call(nil, nil, func() error {
+		if h := handleOf(p); h != nil {
+			(*(*cgo.Handle)(p)).Delete()
+			C.free(p)
+			f(h)
+		}
+		return nil
+	})
 }

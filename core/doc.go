@@ -35,4 +35,6 @@
 //	compress.go     files and directories in, decompress.go out again
 //	shard.go        bigsmall.index.json
 //	verify.go       checking everything; the headers as JSON
+//	parity.go       repairing what is damaged
+//	temporary.go    what is being written, and what killed processes left
 package core

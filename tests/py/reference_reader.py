@@ -699,19 +699,21 @@ class BsFile:
         check(header_length <= min(100_000_000, len(data) - 10), "length of the header")
         start = 10 + header_length
         trailer = data[-48:]
-        magic, at, length, header_hash, reserved, own_hash = struct.unpack("<8s5Q", trailer.rjust(48, b"\0"))
+        magic, at, length, header_hash, parity_hash, own_hash = struct.unpack("<8s5Q", trailer.rjust(48, b"\0"))
         intact = magic == b"BGSMEND\n" and xxh3(trailer[:40]) == own_hash
         if not intact:
             ours = is_ours(read_json(data[10:start]))
             refuse("no intact trailer", "truncated" if ours else "unsupported_codec")
         check(at == start and start + length + 48 == len(data), "lengths of the trailer")
         check(xxh3(data[:start]) == header_hash, "header", "checksum")
-        check(reserved == 0, "reserved bytes of the trailer", "unsupported_feature")
         header = read_json(data[10:start])
         check(header.get("draft") == 2, "draft", "unsupported_version")
         check(not get(header, "requires", list, []), "a feature that is required", "unsupported_feature")
         self.start = start
         self._read_tensors(header, length)
+        parity = self.sections.get("parity")
+        check(parity is not None or parity_hash == 0, "a section that is not there", "unsupported_feature")
+        check(parity is None or xxh3(parity) == parity_hash, "parity", "checksum")
         return header
 
     def _read_tensors(self, header: dict[str, Any], data_length: int) -> None:
@@ -740,7 +742,8 @@ class BsFile:
             check(get(section, "offset", int) == at and length % 64 == 0, "sections that do not tile")
             check(at + length <= data_length, "sections that do not tile")
             content = self.data[self.start + at :][:length]
-            check(f"{xxh3(content):016x}" == get(section, "checksum", str), "section", "checksum")
+            covered = content[:64] if kind == "parity" else content
+            check(f"{xxh3(covered):016x}" == get(section, "checksum", str), "section", "checksum")
             self.sections[kind] = content
             at += length
         check(at == data_length, "a data section of another length")

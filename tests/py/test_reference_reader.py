@@ -395,6 +395,19 @@ def test_no_byte_is_without_meaning(
     assert not accepted, f"head of {sealed.blocks - sealed.start} bytes"
 
 
+def test_parity(tmp_path: Path) -> None:
+    source, target = tmp_path / "model.safetensors", tmp_path / "model.bs"
+    write_safetensors(source, {"tensor": ("BF16", (30_000,), bfloat16(weights(1, 30_000)))})
+    for parity in (1, 30, 100):
+        bigsmall.compress(source, target, parity=parity)
+        assert "parity" in read(target, source).sections
+        data = bytearray(target.read_bytes())
+        data[-150] ^= 1
+        target.write_bytes(data)
+        with pytest.raises(RefusedError, match="parity"):
+            BsFile(target).source()
+
+
 def test_damage(make, tmp_path: Path) -> None:
     source, target = make({"tensor": ("BF16", (3000,), bfloat16(weights(1, 3000)))})
     data = target.read_bytes()
