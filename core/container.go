@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"slices"
 	"strconv"
 
@@ -61,22 +60,10 @@ type headerTensor struct {
 	Extra      *headerExtra `json:"extra"`
 }
 
-// UnmarshalJSONFrom refuses entries too short to be one: a header of nothing but {} would grow twentyfold in memory.
-func (t *headerTensor) UnmarshalJSONFrom(d *jsontext.Decoder) error {
-	v, err := d.ReadValue()
-	if err != nil {
-		return err
-	}
-	if len(v) < 100 { // keys and MD5 alone take more
-		return errors.New("entry of a tensor is incomplete")
-	}
-	type plain headerTensor
-	return json.Unmarshal(v, (*plain)(t))
-}
-
-// shape is read with care for the same reason.
+// shape is read with care: two bytes of text become eight.
 type shape []uint64
 
+// UnmarshalJSONFrom counts before it parses.
 func (s *shape) UnmarshalJSONFrom(d *jsontext.Decoder) error {
 	v, err := d.ReadValue()
 	if err != nil {
@@ -94,19 +81,6 @@ type headerExtra struct {
 	BaseMD5  string `json:"base_md5"`
 	TiedTo   string `json:"tied_to"`
 	Shard    string `json:"shard"`
-}
-
-// UnmarshalJSONFrom is that of headerTensor, for sections.
-func (s *headerSection) UnmarshalJSONFrom(d *jsontext.Decoder) error {
-	v, err := d.ReadValue()
-	if err != nil {
-		return err
-	}
-	if len(v) < 40 {
-		return errors.New("entry of a section is incomplete")
-	}
-	type plain headerSection
-	return json.Unmarshal(v, (*plain)(s))
 }
 
 type headerSection struct {
@@ -215,7 +189,7 @@ func (c *container) open() error {
 			return err
 		}
 	}
-	if err := json.Unmarshal(text[preamble:], &c.header); err != nil {
+	if err := unmarshal(text[preamble:], &c.header); err != nil {
 		if trailer == nil && c.size == c.data {
 			return failf(Truncated, "the file ends with its header")
 		}
@@ -423,7 +397,7 @@ func (c *container) checkEntry(x *headerTensor) (*entry, error) {
 			return nil, failf(Corrupt, "tied tensor without a master, or with %d bytes of its own", x.Compressed)
 		}
 		e.tiedTo, e.shard = extra.TiedTo, extra.Shard
-		if e.shard != "" && (filepath.Base(e.shard) != e.shard || e.shard == "." || e.shard == "..") {
+		if e.shard != "" && !plainName(e.shard) {
 			return nil, failf(Corrupt, "shard %q is no plain file name", e.shard)
 		}
 		return e, nil

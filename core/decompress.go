@@ -247,9 +247,6 @@ func restoreIndexes(path, dir string) error {
 		return inFile(err, path)
 	}
 	for _, s := range x.Metadata.Sources {
-		if filepath.Base(s.Name) != s.Name || !indexName.MatchString(s.Name) {
-			return inFile(failf(Corrupt, "index %q is no plain file name", s.Name), path)
-		}
 		if err := os.WriteFile(filepath.Join(dir, s.Name), []byte(s.Text), 0o644); err != nil {
 			return err
 		}

@@ -24,6 +24,7 @@
 //	errors.go       statuses; every error names file, tensor and numbers
 //	pool.go         threads, cancelling, progress
 //	safetensors.go  the source's header, kept to the byte
+//	json.go         JSON that comes from anywhere
 //	container.go    the bytes of a .bs file
 //	writer.go       writing in one pass; Writer for tensors in memory
 //	pipeline.go     many tensors coded at once, written in order

@@ -191,9 +191,6 @@ func shardFiles(dir string) (names []string, index *shardIndex, err error) {
 		return names, &shardIndex{}, inFile(allNumbers(names), dir)
 	}
 	for _, s := range index.shards() {
-		if filepath.Base(s) != s || s == ".." || s == "." {
-			return nil, nil, &Error{Status: Corrupt, File: filepath.Join(dir, IndexName), Msg: fmt.Sprintf("shard %q is no plain file name", s)}
-		}
 		names = append(names, filepath.Join(dir, s))
 	}
 	return names, index, inFile(allNumbers(names), dir)

@@ -80,6 +80,9 @@ func parseSource(prefix []byte, data int64) (*source, error) {
 	if data >= 0 {
 		limit = uint64(data)
 	}
+	if err := boundJSON(prefix[8:]); err != nil {
+		return nil, failf(InvalidArgument, "not a safetensors file: %s", err)
+	}
 	d := jsontext.NewDecoder(bytes.NewBuffer(prefix[8:len(prefix):len(prefix)]))
 	bad := func(err error) error {
 		return failf(InvalidArgument, "not a safetensors file: header is no proper JSON: %s", err)

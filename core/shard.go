@@ -25,7 +25,7 @@ func (x sourceIndex) shards() ([]string, error) {
 	var index struct {
 		WeightMap map[string]string `json:"weight_map"`
 	}
-	if err := json.Unmarshal([]byte(x.Text), &index); err != nil {
+	if err := unmarshal([]byte(x.Text), &index); err != nil {
 		return nil, failf(InvalidArgument, "is no index: %s", err)
 	}
 	return values(index.WeightMap), nil
@@ -89,12 +89,28 @@ func (x *shardIndex) unlisted(dir string) []string {
 	return slices.DeleteFunc(all, func(path string) bool { return listed[filepath.Base(path)] })
 }
 
+// parseIndex reads an index that may have come from anywhere: every file it names is in its own folder.
 func parseIndex(text []byte) (*shardIndex, error) {
 	x := &shardIndex{}
-	if err := json.Unmarshal(text, x); err != nil {
+	if err := unmarshal(text, x); err != nil {
 		return nil, failf(Corrupt, "is no index: %s", err)
 	}
+	for _, s := range append(values(x.WeightMap), x.Metadata.Shards...) {
+		if !plainName(s) {
+			return nil, failf(Corrupt, "shard %q is no plain file name", s)
+		}
+	}
+	for _, s := range x.Metadata.Sources {
+		if !plainName(s.Name) || !indexName.MatchString(s.Name) {
+			return nil, failf(Corrupt, "index %q is no plain file name of one", s.Name)
+		}
+	}
 	return x, nil
+}
+
+// plainName reports whether a name that a file gives is one in its own folder, on every system.
+func plainName(s string) bool {
+	return s != "" && s != "." && s != ".." && !strings.ContainsAny(s, "/\\\x00")
 }
 
 // makeIndex is the text of bigsmall.index.json for the shards of a directory.
