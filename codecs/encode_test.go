@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	"github.com/zeebo/xxh3"
 
 	"bigsmall.dev/bigsmall/codecs/cpu"
 )
@@ -416,42 +415,6 @@ func TestDamageIsNoticed(t *testing.T) {
 		_, err := decodeAll(payload[:i], sum, BF16, int64(len(raw)), nil)
 		require.Error(t, err)
 	}
-}
-
-// FuzzPayload decodes payloads whose checksums are right, so that everything behind them is reached.
-func FuzzPayload(f *testing.F) {
-	r := rand.New(rand.NewPCG(7, 8))
-	raws := map[DType][]byte{BF16: weights(r, BF16, 700, .02), F32: weights(r, F32, 300, 1), U8: []byte("aaaabbbbcccc"), F64: weights(r, F64, 50, 1)}
-	for d, raw := range raws {
-		for _, mode := range []Mode{Balanced, Storage} {
-			e, _ := NewEncoding(tensorOf(d, raw, mode, uint64(len(raw)/dtypes[d].word)))
-			payload, _, _ := encodeAll(e)
-			f.Add(payload, uint8(d), uint16(len(raw)))
-		}
-	}
-	f.Fuzz(func(_ *testing.T, payload []byte, d uint8, rawLen uint16) {
-		if !DType(d).Valid() || len(payload) < HeadFixed {
-			return
-		}
-		n := HeadLen(payload)
-		if n < 0 || n > int64(len(payload)) {
-			return
-		}
-		head := bytes.Clone(payload[:n])
-		p, err := ParseHead(head, xxh3.Hash(head), DType(d), int64(rawLen), int64(len(payload)))
-		if err != nil {
-			return
-		}
-		s := NewScratch()
-		for i := range p.Blocks() {
-			off, length := p.BlockSpan(i)
-			lo := int64(i) * p.BlockBytes()
-			dst := make([]byte, min(p.BlockBytes(), int64(rawLen)-lo))
-			src := payload[off : off+length]
-			p.hash[i] = xxh3.Hash(src)
-			_ = p.DecodeBlocks(i, dst, src, make([]byte, len(dst)), s)
-		}
-	})
 }
 
 // Names are operation/dtype/mode/tier/size; memcpy has caches that hold all of it, as they have.
