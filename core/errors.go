@@ -67,7 +67,7 @@ func (e *Error) Error() string {
 		s = fmt.Sprintf("tensor %q: %s", e.Tensor, s)
 	}
 	if e.File != "" {
-		s = e.File + ": " + s
+		s = finalName(e.File) + ": " + s
 	}
 	return s
 }

@@ -97,6 +97,12 @@ const (
 
 var leftover = regexp.MustCompile(`^(\.tmp-|\.old-)[0-9]+-[0-9a-f]{8}$`)
 
+// beside matches an element of a path that is such a name.
+var beside = regexp.MustCompile(`(^|[/\\])\.([^/\\]+)\.tmp-[0-9]+-[0-9a-f]{8}($|[/\\])`)
+
+// finalName is what a user knows a file by that is being written, or that is in a directory that is.
+func finalName(path string) string { return beside.ReplaceAllString(path, "$1$2$3") }
+
 func besideName(target, mark string) string {
 	return filepath.Join(filepath.Dir(target), fmt.Sprintf(".%s%s%s-%08x", filepath.Base(target), mark, pid, rand.Uint32()))
 }
