@@ -116,7 +116,8 @@ class Reader:
     base : the base model (`.safetensors`, `.bs` or directory) where the file is a delta
 
     All methods may be called from many threads at once. After a fork() the child opens the file again by itself at the
-    next call. Opening raises OSError (FileNotFoundError, ...), Corrupt, Truncated, Unsupported or WrongBase.
+    next call, and other processes do when they are sent the reader by pickle. Opening raises OSError
+    (FileNotFoundError, ...), Corrupt, Truncated, Unsupported or WrongBase.
     """
 
     def __init__(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
@@ -194,6 +195,20 @@ class Reader:
                 raise errors.InvalidArgument(f"{self.path} has changed since it was opened, before this process forked")
             handle = self._handle = self._opened(self._path_again, self._base_again)
         return handle
+
+    def __getstate__(self) -> tuple[str, str | None, tuple[int, ...]]:
+        """For worker processes that do not fork: the path, which they open again."""
+        if self._files is not None:
+            raise TypeError(f"{self.path}: a reader of memory or of a Hub cannot be pickled: open it in each process")
+        self._live()
+        return self._path_again, self._base_again, self._identity
+
+    def __setstate__(self, state: tuple[str, str | None, tuple[int, ...]]) -> None:
+        self.path, self.base, identity = state
+        self._files = self._parts = None
+        self._open()
+        if self._identity != identity:
+            raise errors.InvalidArgument(f"{self.path} has changed since the reader was pickled")
 
     # ---- what is in it ----
 

@@ -43,7 +43,8 @@ class safe_open:
     base      : the base model where the file is a delta
     workers   : threads of a decode, None for all available
 
-    Works as a context manager and without; may be used from many threads at once, and in children of fork().
+    Works as a context manager and without; may be used from many threads at once, in children of fork(), and, pickled,
+    in other processes, such as the workers of a DataLoader.
 
     All errors are safetensors.SafetensorError too, where safetensors is installed, but those of an index that torch
     refuses (IndexError, ValueError, TypeError). A missing file is a FileNotFoundError.
@@ -226,6 +227,9 @@ class _Framework:
         except ModuleNotFoundError as error:
             raise errors.Unsupported(f"framework pt: {error}") from error
         self.device = self.module.open_device(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Framework, (self.kind, self.device, self.workers)  # a module cannot be pickled
 
     def read(self, reader: Reader, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
         """Whole tensors, on the device."""
