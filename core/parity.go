@@ -271,6 +271,7 @@ func Repair(path, dst string, job *Job) (Repaired, error) {
 		return Repaired{}, inFile(err, path)
 	}
 	if !info.IsDir() {
+		p.total(info.Size())
 		return repairFile(path, dst, p)
 	}
 	if dst != "" {
@@ -282,10 +283,14 @@ func Repair(path, dst string, job *Job) (Repaired, error) {
 	}
 	all := Repaired{}
 	var failed error
-	for _, f := range t.files {
-		if !strings.HasSuffix(f, ourExt) {
-			continue
+	files, total := slices.DeleteFunc(t.files, func(f string) bool { return !strings.HasSuffix(f, ourExt) }), int64(0)
+	for _, f := range files {
+		if info, err := os.Stat(filepath.Join(path, f)); err == nil {
+			total += info.Size()
 		}
+	}
+	p.total(total)
+	for _, f := range files {
 		one, err := repairFile(filepath.Join(path, f), "", p)
 		all.Files++
 		all.Repaired += one.Repaired
@@ -503,7 +508,7 @@ func (f *parityFile) examine(size int64, p *pool) (*damage, error) {
 		}
 	}
 	d := &damage{bad: make([]bool, g.entries())}
-	var pieces, lost atomic.Int64
+	var pieces, lost, looked atomic.Int64
 	lost.Store(-1)
 	err := f.each(p, func(first int64, n int, columns [][]byte) error {
 		if err := f.read(first, columns, 0, len(columns)); err != nil {
@@ -527,6 +532,8 @@ func (f *parityFile) examine(size int64, p *pool) (*damage, error) {
 				lost.Store(first + int64(r))
 			}
 		}
+		part := int64(n) * int64(len(columns)) * parityPiece // more than there is where columns are not full
+		p.done(max(0, min(part, size-(looked.Add(part)-part))))
 		return nil
 	})
 	if err != nil {

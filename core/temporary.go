@@ -103,8 +103,17 @@ var beside = regexp.MustCompile(`(^|[/\\])\.([^/\\]+)\.tmp-[0-9]+-[0-9a-f]{8}($|
 // finalName is what a user knows a file by that is being written, or that is in a directory that is.
 func finalName(path string) string { return beside.ReplaceAllString(path, "$1$2$3") }
 
+// longestName leaves room in the 255 bytes that a name may have.
+const longestName = 200
+
+// hidden is what the names beside target begin with.
+func hidden(target string) string {
+	base := filepath.Base(target)
+	return "." + base[:min(len(base), longestName)]
+}
+
 func besideName(target, mark string) string {
-	return filepath.Join(filepath.Dir(target), fmt.Sprintf(".%s%s%s-%08x", filepath.Base(target), mark, pid, rand.Uint32()))
+	return filepath.Join(filepath.Dir(target), fmt.Sprintf("%s%s%s-%08x", hidden(target), mark, pid, rand.Uint32()))
 }
 
 // makeBeside makes a new file or directory next to target, opened and locked.
@@ -132,7 +141,7 @@ func makeBeside(target string, create func(name string) (*os.File, error)) (f *o
 
 // sweep removes what processes that are no more left beside target. What it cannot remove stays.
 func sweep(target string) {
-	dir, base := filepath.Dir(target), "."+filepath.Base(target)
+	dir, base := filepath.Dir(target), hidden(target)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return

@@ -3,6 +3,7 @@ package core
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -43,6 +44,15 @@ func TestLeftovers(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, next.publish())
 	require.ElementsMatch(t, append(others, ".m.bs.tmp-125-0123abcd", "m.bs", filepath.Base(living.Name())), listed(t, dir))
+}
+
+func TestLongNames(t *testing.T) {
+	dir := t.TempDir()
+	target := filepath.Join(dir, strings.Repeat("n", 255))
+	tmp, err := newTemporary(target, 0o600, false)
+	require.NoError(t, err)
+	require.NoError(t, tmp.publish())
+	require.Equal(t, []string{filepath.Base(target)}, listed(t, dir))
 }
 
 // A directory that was moved aside when its process died comes back, unless something has its name.
