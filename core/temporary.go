@@ -121,7 +121,7 @@ func makeBeside(target string, create func(name string) (*os.File, error)) (f *o
 	for {
 		name = besideName(target, newMark)
 		if f, err = create(name); err != nil {
-			if os.IsExist(err) {
+			if os.IsExist(err) || errors.Is(err, errSwept) {
 				continue
 			}
 			return nil, "", err
@@ -138,6 +138,9 @@ func makeBeside(target string, create func(name string) (*os.File, error)) (f *o
 		f.Close()
 	}
 }
+
+// errSwept says that a directory was taken for a leftover before it could be locked.
+var errSwept = errors.New("removed by another process")
 
 // sweep removes what processes that are no more left beside target. What it cannot remove stays.
 func sweep(target string) {
@@ -237,7 +240,11 @@ func newTemporaryTree(target string, mode os.FileMode, force bool) (*temporaryTr
 		if err := os.Mkdir(name, 0o700); err != nil {
 			return nil, err
 		}
-		return os.Open(name)
+		f, err := os.Open(name)
+		if os.IsNotExist(err) {
+			err = errSwept
+		}
+		return f, err
 	})
 	if err != nil {
 		return nil, err

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -111,4 +112,41 @@ func TestDirectoriesDoNotReplace(t *testing.T) {
 	_, err := newTemporaryTree(target, 0o755, false)
 	require.ErrorIs(t, err, os.ErrExist)
 	require.Equal(t, []string{"m"}, listed(t, dir))
+}
+
+// Many at one target do not take each other's for leftovers.
+func TestManyAtOneTarget(t *testing.T) {
+	target := filepath.Join(t.TempDir(), "m")
+	var group sync.WaitGroup
+	failures := make(chan error, 16)
+	for range 8 {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for range 150 {
+				tree, err := newTemporaryTree(target, 0o755, false)
+				if err == nil {
+					err = os.WriteFile(filepath.Join(tree.name, "x"), nil, 0o600)
+					tree.abandon()
+				}
+				if err == nil {
+					var file *temporary
+					if file, err = newTemporary(target, 0, false); err == nil {
+						_, err = file.WriteString("x")
+						file.abandon()
+					}
+				}
+				if err != nil {
+					failures <- err
+					return
+				}
+			}
+		}()
+	}
+	group.Wait()
+	close(failures)
+	for err := range failures {
+		require.NoError(t, err)
+	}
+	require.Empty(t, listed(t, filepath.Dir(target)))
 }

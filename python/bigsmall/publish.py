@@ -431,8 +431,13 @@ def _beside(output: str) -> Iterator[str]:
     parent, name = os.path.split(output)
     if not os.path.isdir(parent):
         raise errors.FileMissing(errno.ENOENT, f"{parent}, where {name} is to be written, is no directory", parent)
-    work = tempfile.mkdtemp(prefix=f".{name}.hub-", dir=parent)
-    lock = _lock(work)
+    while True:
+        work = tempfile.mkdtemp(prefix=f".{name}.hub-", dir=parent)
+        lock = _lock(work)
+        if os.path.isdir(work):
+            break
+        if lock is not None:  # another process took it for a leftover before it was locked
+            os.close(lock)
     try:
         yield work
     except BaseException as error:
