@@ -523,3 +523,22 @@ func go_repair(name, dst *C.char, j *C.bs_job, out *C.bs_repair_result, e *C.bs_
 		return err
 	})
 }
+
+//export go_convert
+func go_convert(src, dst, base *C.char, o *C.bs_compress_options, j *C.bs_job, out *C.bs_result, e *C.bs_error) C.int32_t {
+	return converting(src, dst, j, out, e, func(src, dst string, job *core.Job) (core.Result, error) {
+		opts, err := compressOptions(o)
+		if err != nil {
+			return core.Result{}, err
+		}
+		return core.Convert(src, dst, optional(base), opts, job)
+	})
+}
+
+//export go_reader_skip_md5
+func go_reader_skip_md5(r *C.bs_reader, skip C.int32_t, e *C.bs_error) C.int32_t {
+	return reading(r, e, func(r *core.Reader) error {
+		r.SkipMD5(skip != 0)
+		return nil
+	})
+}

@@ -284,3 +284,14 @@ bs_status bs_repair(const char *path, const char *dst, const bs_job *job, bs_rep
     if (forked) return refuse(error);
     return (bs_status)go_repair((void *)path, (void *)dst, (void *)job, result, error);
 }
+
+bs_status bs_convert(const char *src, const char *dst, const char *base, const bs_compress_options *options, const bs_job *job,
+                     bs_result *result, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_convert((void *)src, (void *)dst, (void *)base, (void *)options, (void *)job, result, error);
+}
+
+bs_status bs_reader_skip_md5(bs_reader *reader, int32_t skip, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_skip_md5(reader, skip, error);
+}

@@ -106,10 +106,11 @@ func jobOf(j *C.bs_job) (*core.Job, error) {
 }
 
 func flags(f C.int32_t, o *core.Options) error {
-	if f&^(C.BS_FLAG_SHA256|C.BS_FLAG_NO_REPLACE|C.BS_FLAG_FORCE) != 0 {
+	if f&^(C.BS_FLAG_SHA256|C.BS_FLAG_NO_REPLACE|C.BS_FLAG_FORCE|C.BS_FLAG_COMPAT_1_0) != 0 {
 		return invalid("flags %#x are unknown", f)
 	}
 	o.SHA256, o.NoReplace, o.Force = f&C.BS_FLAG_SHA256 != 0, f&C.BS_FLAG_NO_REPLACE != 0, f&C.BS_FLAG_FORCE != 0
+	o.Compat = f&C.BS_FLAG_COMPAT_1_0 != 0
 	return nil
 }
 

@@ -1,5 +1,10 @@
 package codecs
 
+import (
+	"slices"
+	"strings"
+)
+
 // DType is an element type. The numbers are those of bs_dtype in bigsmall.h and never change.
 type DType uint8
 
@@ -94,4 +99,16 @@ func ParseDType(name string) (DType, bool) {
 		}
 	}
 	return 0, false
+}
+
+// layout is the order in which the safetensors library lays tensors out, the widest dtypes first.
+var layout = [...]DType{U64, I64, F64, C64, F32, U32, I32, BF16, F16, U16, I16, F8E5M2FNUZ, F8E4M3FNUZ, F8E8M0, F8E4M3, F8E5M2, I8, U8,
+	F6E3M2, F6E2M3, F4, Bool}
+
+// CompareLayout orders tensors as that library does: by dtype, then by name.
+func CompareLayout(a DType, nameA string, b DType, nameB string) int {
+	if c := slices.Index(layout[:], a) - slices.Index(layout[:], b); c != 0 {
+		return c
+	}
+	return strings.Compare(nameA, nameB)
 }

@@ -241,7 +241,7 @@ func (t *baseTensor) ReadAt(dst []byte, off int64) (int, error) {
 	if n > 0 {
 		s := scratches.Get().(*codecs.Scratch)
 		defer scratches.Put(s)
-		p, err := t.in.cached(t.at)
+		p, err := t.in.cached(t.at, newPool(&Job{Workers: 1}))
 		if err != nil {
 			return 0, err
 		}

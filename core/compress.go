@@ -114,6 +114,16 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 	if err != nil {
 		return res, inFile(err, src)
 	}
+	if opts.Compat {
+		if b != nil {
+			return res, failf(InvalidArgument, "differences to a base have no form for release 1.0")
+		}
+		p.done(int64(len(layout.prefix)))
+		n, err := writeCompat(dst, before.Mode(), layout, func(t sourceTensor, dst []byte, _ int) error {
+			return readAll(f, dst, int64(len(layout.prefix))+t.Begin)
+		}, func() error { return unchanged(f, before, src) }, opts, p)
+		return Result{before.Size(), n, len(layout.tensors), 1}, inFile(err, src)
+	}
 	name, matched, floats := "", 0, 0
 	items := make([]*item, len(layout.tensors))
 	for i, t := range layout.tensors {
@@ -171,12 +181,8 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 		}
 		sum = h.Sum(nil)
 	}
-	after, err := f.Stat()
-	if err != nil {
-		return res, inFile(err, src)
-	}
-	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) {
-		return res, &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
+	if err := unchanged(f, before, src); err != nil {
+		return res, err
 	}
 	published = true // finish abandons it where it fails
 	n, err := w.finish(sum, p)
@@ -186,11 +192,25 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 	return Result{before.Size(), n, len(layout.tensors), 1}, nil
 }
 
+// unchanged makes sure that a source is what it was when it was opened.
+func unchanged(f *os.File, before os.FileInfo, src string) error {
+	after, err := f.Stat()
+	if err != nil {
+		return inFile(err, src)
+	}
+	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) {
+		return &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
+	}
+	return nil
+}
+
 // tree is what a directory holds, links followed: paths relative to it, sorted.
 type tree struct {
 	root  string
 	dirs  []string
 	files []string
+
+	aliases map[string]map[string]string // by file; see shardIndex
 }
 
 func readTree(root string) (*tree, error) {

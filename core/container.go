@@ -16,6 +16,7 @@ import (
 	"github.com/zeebo/xxh3"
 
 	"bigsmall.dev/bigsmall/codecs"
+	"bigsmall.dev/bigsmall/codecs/reference"
 )
 
 // This file alone knows the bytes of a container; FORMAT.md describes them.
@@ -81,6 +82,8 @@ type headerExtra struct {
 	BaseMD5  string `json:"base_md5"`
 	TiedTo   string `json:"tied_to"`
 	Shard    string `json:"shard"`
+
+	SpecialKind string `json:"special_kind"` // of the original package
 }
 
 type headerSection struct {
@@ -107,7 +110,12 @@ type entry struct {
 	baseMD5    *[16]byte
 	tiedTo     string // name of the tensor that holds the bytes, or ""
 	shard      string // its file where that is another one
+
+	blob reference.Blob // in a file of the original package
 }
+
+// needsBase reports whether the tensor is stored as a difference.
+func (e *entry) needsBase() bool { return e.baseMD5 != nil || e.blob.Codec == reference.XOR }
 
 // elements is the number of elements of the header's shape.
 func (e *entry) elements() uint64 { return uint64(e.bytes) * 8 / uint64(storageBits(e.dtype)) }
@@ -124,6 +132,7 @@ type container struct {
 	data    int64  // where the data section begins
 	sha256  []byte
 
+	original   bool         // a file of the original package
 	parity     *parityShape // or nil
 	parityHash uint64       // the trailer's
 }
@@ -165,7 +174,8 @@ func (c *container) open() error {
 	if len(pre) < preamble {
 		return failf(Truncated, "a .bs file of %d bytes", len(pre))
 	}
-	if v := binary.LittleEndian.Uint16(pre[4:]); v != formatVersion {
+	v := binary.LittleEndian.Uint16(pre[4:])
+	if v == 0 || v > originalVersions {
 		return failf(UnsupportedVersion, "container version %d; this is BigSmall %s, which reads version %d: use a newer one", v, Version, formatVersion)
 	}
 	h := int64(binary.LittleEndian.Uint32(pre[6:]))
@@ -197,6 +207,12 @@ func (c *container) open() error {
 	}
 	if err := c.checkHeader(trailer); err != nil {
 		return err
+	}
+	if c.original {
+		return c.checkOriginal()
+	}
+	if v != formatVersion {
+		return failf(UnsupportedVersion, "container version %d, written by %s; BigSmall %s reads version %d of its own: use a newer one", v, c.writerName(), Version, formatVersion)
 	}
 	return c.checkEntries()
 }
@@ -260,9 +276,9 @@ func (c *container) checkHeader(t *trailer) error {
 	for _, x := range h.Tensors {
 		ours = ours || codecs.Known(x.Codec)
 	}
-	if !ours && t == nil && len(h.Tensors) > 0 {
-		x := h.Tensors[0]
-		return at(failf(UnsupportedCodec, "codec %q, written by %s, is unknown to BigSmall %s", x.Codec, c.writerName(), Version), "", x.Name)
+	if !ours && t == nil {
+		c.original = true
+		return nil
 	}
 	if t == nil {
 		todo := "fetch it again"

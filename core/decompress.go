@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -25,15 +26,15 @@ func Decompress(src, dst, basePath string, opts Options, job *Job) (Result, erro
 	if info.IsDir() {
 		return decompressTree(src, dst, basePath, opts, p)
 	}
-	return decompressFile(src, dst, basePath, opts, true, p)
+	return decompressFile(src, dst, basePath, nil, opts, true, p)
 }
 
-// decompressFile restores one file; total says that it is all there is to do.
-func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool) (res Result, err error) {
+// decompressFile restores one file; total says that it is all there is to do. aliases are further tensors of it.
+func decompressFile(src, dst, basePath string, aliases map[string]string, opts Options, total bool, p *pool) (res Result, err error) {
 	if sameFile(src, dst) {
 		return res, failf(InvalidArgument, "%s and %s are the same file", src, dst)
 	}
-	r, err := Open(src, basePath)
+	r, err := openFile(src, basePath, aliases)
 	if err != nil {
 		return res, err
 	}
@@ -99,13 +100,14 @@ func decompressFile(src, dst, basePath string, opts Options, total bool, p *pool
 func (r *Reader) checkIdentities(p *pool) error {
 	var need []tensor
 	for _, t := range r.tensors {
-		if t.entry.baseMD5 != nil {
+		if t.entry.needsBase() {
 			need = append(need, t)
 		}
 	}
 	if len(need) > 0 && r.base == nil {
 		return r.noBase(need[0].file)
 	}
+	need = slices.DeleteFunc(need, func(t tensor) bool { return t.entry.baseMD5 == nil }) // of those the result tells
 	var tensors []*baseTensor
 	for _, t := range need {
 		b, err := r.base.find(t.entry.name, t.entry.dtype, t.entry.bytes)
@@ -129,9 +131,17 @@ func (r *Reader) checkIdentities(p *pool) error {
 // streamAll decodes every tensor, hands its bytes to sink piece by piece, in any order and many at once, and compares the
 // MD5. What goes wrong with tensor i goes through verdict, and ends everything where that returns an error.
 func (r *Reader) streamAll(p *pool, sink func(i int, off int64, b []byte, s *codecs.Scratch) error, verdict func(i int, err error) error) error {
-	messages := make([]message, len(r.tensors))
+	var messages []message
+	var originals []int
 	for i, t := range r.tensors {
-		messages[i] = &decoding{tensor: t, i: i, r: r, pool: p, sink: sink, verdict: verdict}
+		if t.file.original && t.entry.bytes > 0 {
+			originals = append(originals, i)
+			continue
+		}
+		messages = append(messages, &decoding{tensor: t, i: i, r: r, pool: p, sink: sink, verdict: verdict})
+	}
+	if err := r.streamOriginals(originals, p, sink, verdict); err != nil {
+		return err
 	}
 	return digestAll(messages, p)
 }
@@ -161,7 +171,7 @@ func (d *decoding) size() (all, piece int64) {
 }
 
 func (d *decoding) make(dst []byte, off int64, s *codecs.Scratch) error {
-	d.open.Do(func() { d.payload, d.err = d.r.openPayload(d.tensor) })
+	d.open.Do(func() { d.payload, d.err = d.r.openPayload(d.tensor, d.pool) })
 	if d.err != nil {
 		return d.err
 	}
@@ -216,7 +226,7 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 			in, out := filepath.Join(src, f), filepath.Join(tmp, f)
 			switch {
 			case strings.HasSuffix(f, ourExt):
-				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, folderBase(basePath, filepath.Dir(f)), Options{NoReplace: true}, false, p)
+				r, err := decompressFile(in, strings.TrimSuffix(out, ourExt)+sourceExt, folderBase(basePath, filepath.Dir(f)), t.aliases[f], Options{NoReplace: true}, false, p)
 				if err != nil {
 					return err
 				}
@@ -245,6 +255,13 @@ func restoreIndexes(path, dir string) error {
 	x, err := parseIndex(text)
 	if err != nil {
 		return inFile(err, path)
+	}
+	if len(x.Metadata.Sources) == 0 && len(x.shards()) > 1 { // of the original package, which keeps none
+		s, err := x.madeSource()
+		if err != nil {
+			return err
+		}
+		x.Metadata.Sources = append(x.Metadata.Sources, s)
 	}
 	for _, s := range x.Metadata.Sources {
 		if err := os.WriteFile(filepath.Join(dir, s.Name), []byte(s.Text), 0o644); err != nil {

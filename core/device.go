@@ -141,8 +141,14 @@ func (r *Reader) deviceTensors(items []DeviceItem, p *pool) (tensors []*deviceTe
 		if t.entry.bytes == 0 {
 			return nil
 		}
-		var err error
-		if tensors[k].payload, err = r.openPayload(t); err != nil {
+		m, err := r.master(t)
+		if err != nil {
+			return err
+		}
+		if m.file.original {
+			return at(failf(NoDevice, "files of the original package are decoded by the CPU; decode on the CPU and copy"), t.file.name, t.entry.name)
+		}
+		if tensors[k].payload, err = r.openPayload(t, p); err != nil {
 			return err
 		}
 		if word := uint64(tensors[k].WordBytes()); items[k].Dst%word != 0 {

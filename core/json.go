@@ -4,6 +4,7 @@ import (
 	"bytes"
 
 	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // A header comes from anywhere. To parse a member takes up to some hundred bytes of memory and may stand in two: a text of
@@ -61,4 +62,9 @@ func unmarshal(text []byte, v any) error {
 		return err
 	}
 	return json.Unmarshal(text, v)
+}
+
+// marshalStrings is the object, with its keys in order.
+func marshalStrings(m map[string]string) (jsontext.Value, error) {
+	return json.Marshal(m, json.Deterministic(true))
 }

@@ -358,6 +358,12 @@ func repairFile(path, dst string, p *pool) (Repaired, error) {
 func wholeWithoutParity(path string, p *pool) error {
 	const hint = "it holds no parity to repair it by: fetch it again, or compress its source again"
 	c, err := openWhole(path, p)
+	if err == nil && c.original {
+		var rep Report
+		if rep, err = verifyFile(path, "", "", false, p); err == nil && len(rep.Bad) > 0 {
+			err = &Error{Status: Checksum, File: path, Tensor: rep.Bad[0].Tensor, Msg: rep.Bad[0].Problem}
+		}
+	}
 	if err == nil && c.parity != nil {
 		return &Error{Status: Corrupt, File: path, Msg: "the heads of its parity are damaged, the rest is whole: compress its source again for another"}
 	}
@@ -388,7 +394,7 @@ func openWhole(path string, p *pool) (*container, error) {
 func (c *container) checkPayloads(p *pool) error {
 	return p.run(len(c.entries), func(i int, s *codecs.Scratch) error {
 		e := &c.entries[i]
-		if e.tiedTo != "" || e.bytes == 0 {
+		if e.tiedTo != "" || e.bytes == 0 || c.original {
 			return nil
 		}
 		bad, err := c.badBlocks(e, s)

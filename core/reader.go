@@ -31,6 +31,7 @@ type Reader struct {
 	tensors []tensor
 	byName  map[string]int
 	base    *base
+	skipMD5 atomic.Bool
 
 	mu       sync.Mutex
 	recent   []*payload          // a few, most recent last: slices of one tensor come in runs
@@ -62,10 +63,14 @@ func Open(path, basePath string) (*Reader, error) {
 			return nil, err
 		}
 	}
+	aliases := index.aliases()
 	for _, name := range names {
-		if err = r.add(name); err != nil {
+		if err = r.add(name, aliases[filepath.Base(name)]); err != nil {
 			break
 		}
+	}
+	if err == nil && !info.IsDir() {
+		err = r.files[0].aliasesBeside()
 	}
 	if err == nil {
 		err = r.index(filepath.Dir(names[0]))
@@ -78,6 +83,16 @@ func Open(path, basePath string) (*Reader, error) {
 			i, ok := r.byName[tensor]
 			return ok && filepath.Base(r.tensors[i].file.name) == shard
 		})
+	}
+	return r.withBase(basePath, err)
+}
+
+// openFile is Open of a file to which an index adds tensors.
+func openFile(path, basePath string, aliases map[string]string) (*Reader, error) {
+	r := &Reader{path: path}
+	err := r.add(path, aliases)
+	if err == nil {
+		err = r.index(filepath.Dir(path))
 	}
 	return r.withBase(basePath, err)
 }
@@ -97,7 +112,8 @@ func (r *Reader) withBase(basePath string, err error) (*Reader, error) {
 	return r, nil
 }
 
-// MemoryFile is a whole `.bs` file in memory. Name is its file name within its model, "" for a lone file.
+// MemoryFile is a whole `.bs` file in memory. Name is its file name within its model, "" for a lone file. A last one may be the
+// text of the model's bigsmall.index.json, and has that name.
 type MemoryFile struct {
 	Name string
 	Src  []byte
@@ -108,8 +124,20 @@ type MemoryFile struct {
 func OpenMemory(files []MemoryFile, basePath string) (*Reader, error) {
 	r := &Reader{}
 	var names []string
+	index := &shardIndex{}
+	if n := len(files) - 1; n > 0 && filepath.Base(files[n].Name) == IndexName {
+		var err error
+		if index, err = parseIndex(files[n].Src); err != nil {
+			return nil, inFile(err, files[n].Name)
+		}
+		files = files[:n]
+	}
+	aliases := index.aliases()
 	for _, f := range files {
 		c, err := openContainer(f.Name, memory(f.Src), int64(len(f.Src)))
+		if err == nil {
+			err = c.addAliases(aliases[filepath.Base(f.Name)])
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -125,7 +153,7 @@ func OpenMemory(files []MemoryFile, basePath string) (*Reader, error) {
 	return r.withBase(basePath, err)
 }
 
-func (r *Reader) add(name string) error {
+func (r *Reader) add(name string, aliases map[string]string) error {
 	f, info, err := openRegular(name)
 	if err != nil {
 		return err
@@ -136,7 +164,7 @@ func (r *Reader) add(name string) error {
 		return err
 	}
 	r.files = append(r.files, c)
-	return nil
+	return c.addAliases(aliases)
 }
 
 func (r *Reader) index(dir string) error {
@@ -357,17 +385,24 @@ func (r *Reader) sibling(name string) (*container, error) {
 	return s.c, s.err
 }
 
-// payload is a tensor whose head is parsed.
+// payload is a tensor whose head is parsed; one of the original package, which has none, is decoded as a whole.
 type payload struct {
 	*codecs.Payload
 	tensor
 	base *baseTensor
+	raw  []byte
 }
+
+// BlockBytes is the size of a decoded block. A tie may be of another dtype: its blocks are its master's.
+func (t tensor) BlockBytes() int64 { return int64(codecs.BlockWords * t.entry.dtype.WordBytes()) }
+
+// BlockBytes is that of the tensor.
+func (p *payload) BlockBytes() int64 { return p.tensor.BlockBytes() }
 
 // FaultHook, where a test set it, is called with the name of every tensor that is about to be decoded.
 var FaultHook func(tensor string)
 
-func (r *Reader) openPayload(t tensor) (*payload, error) {
+func (r *Reader) openPayload(t tensor, pool *pool) (*payload, error) {
 	if FaultHook != nil {
 		FaultHook(t.entry.name)
 	}
@@ -376,6 +411,10 @@ func (r *Reader) openPayload(t tensor) (*payload, error) {
 		return nil, err
 	}
 	fail := func(err error) (*payload, error) { return nil, at(err, m.file.name, m.entry.name) }
+	if m.file.original {
+		out := &payload{tensor: m, raw: make([]byte, m.entry.bytes)}
+		return out, r.decodeOriginal(m, out.raw, pool)
+	}
 	head, err := m.file.read(m.entry.offset, m.entry.head)
 	if err != nil {
 		return fail(err)
@@ -392,7 +431,7 @@ func (r *Reader) openPayload(t tensor) (*payload, error) {
 		if r.base == nil {
 			return fail(r.noBase(m.file))
 		}
-		if out.base, err = r.base.tensor(m.entry.name, m.entry.dtype, m.entry.bytes, m.entry.baseMD5, newPool(&Job{Workers: 1})); err != nil {
+		if out.base, err = r.base.tensor(m.entry.name, m.entry.dtype, m.entry.bytes, m.entry.baseMD5, pool); err != nil {
 			return fail(err)
 		}
 	}
@@ -414,7 +453,7 @@ func (r *Reader) checkBase() error {
 		return nil
 	}
 	for _, t := range r.tensors {
-		if t.entry.baseMD5 != nil {
+		if t.entry.needsBase() {
 			if err := r.base.has(t.entry.name, t.entry.dtype, t.entry.bytes); err != nil {
 				return at(err, t.file.name, t.entry.name)
 			}
@@ -424,7 +463,7 @@ func (r *Reader) checkBase() error {
 }
 
 // cached is openPayload with a memory of the last few.
-func (r *Reader) cached(t tensor) (*payload, error) {
+func (r *Reader) cached(t tensor, pool *pool) (*payload, error) {
 	m, err := r.master(t)
 	if err != nil {
 		return nil, err
@@ -438,7 +477,7 @@ func (r *Reader) cached(t tensor) (*payload, error) {
 		}
 	}
 	r.mu.Unlock()
-	p, err := r.openPayload(t)
+	p, err := r.openPayload(t, pool)
 	if err != nil {
 		return nil, err
 	}
@@ -446,6 +485,9 @@ func (r *Reader) cached(t tensor) (*payload, error) {
 	defer r.mu.Unlock()
 	if len(r.recent) == 8 {
 		r.recent = slices.Delete(r.recent, 0, 1)
+	}
+	if p.raw != nil { // whole tensors: one will do
+		r.recent = slices.DeleteFunc(r.recent, func(q *payload) bool { return q.raw != nil })
 	}
 	r.recent = append(r.recent, p)
 	return p, nil
@@ -498,6 +540,10 @@ func shortRead(err error) error {
 // decode decodes the tensor's bytes from lo to hi, within blocks first to last-1, into dst: the blocks of a group together,
 // but those of which only a part is wanted.
 func (p *payload) decode(first, last int, lo, hi int64, dst []byte, s *codecs.Scratch) error {
+	if p.raw != nil {
+		copy(dst, p.raw[lo:hi])
+		return nil
+	}
 	src, err := p.readBlocks(first, last, s)
 	if err != nil {
 		return at(err, p.file.name, p.entry.name)
@@ -552,6 +598,7 @@ type request struct {
 	dst    []byte
 	open   sync.Once
 	p      *payload
+	whole  bool // decoded to dst at once
 	err    error
 	left   atomic.Int32
 }
@@ -572,8 +619,13 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 		if err != nil {
 			return err
 		}
-		word := int64(codecs.BlockWords * m.entry.dtype.WordBytes())
+		word := m.BlockBytes()
 		first, last := int(q.lo/word), int((q.hi+word-1)/word)
+		if m.file.original { // who waited for another to decode all of it would be missed there
+			pieces = append(pieces, piece{q, first, last})
+			q.left.Add(1)
+			continue
+		}
 		for b := first; b < last; {
 			next := min((b/codecs.GroupBlocks+1)*codecs.GroupBlocks, last)
 			pieces = append(pieces, piece{q, b, next})
@@ -589,14 +641,24 @@ func (r *Reader) decodeAll(requests []*request, p *pool) error {
 		s.Past = past
 		defer func() { s.Past = false }()
 		q.open.Do(func() {
-			if len(requests) == 1 {
-				q.p, q.err = r.cached(q.tensor)
-			} else {
-				q.p, q.err = r.openPayload(q.tensor)
+			m, err := r.master(q.tensor)
+			switch {
+			case err != nil:
+				q.err = err
+			case m.file.original && q.lo == 0 && q.hi == m.entry.bytes:
+				q.whole, q.err = true, r.decodeOriginal(m, q.dst[:q.hi], p)
+			case len(requests) == 1:
+				q.p, q.err = r.cached(q.tensor, p)
+			default:
+				q.p, q.err = r.openPayload(q.tensor, p)
 			}
 		})
 		if q.err != nil {
 			return q.err
+		}
+		if q.whole {
+			p.done(q.hi)
+			return nil
 		}
 		word := q.p.BlockBytes()
 		lo, hi := max(q.lo, int64(pieces[i].first)*word), min(q.hi, int64(pieces[i].last)*word)

@@ -56,6 +56,10 @@ type shardIndex struct {
 		TensorCount  int           `json:"tensor_count"`
 		Shards       []string      `json:"shards"`
 		Sources      []sourceIndex `json:"source_indexes"`
+		// Of the original package from 3 on: tensors that are in no shard, being the same as others.
+		Duplicates map[string]struct {
+			Master string `json:"master"`
+		} `json:"duplicate_map,omitempty"`
 	} `json:"metadata"`
 	WeightMap map[string]string `json:"weight_map"`
 }
@@ -106,6 +110,33 @@ func parseIndex(text []byte) (*shardIndex, error) {
 		}
 	}
 	return x, nil
+}
+
+// aliases are, by shard, the tensors that are in none, and the name of what they are the same as.
+func (x *shardIndex) aliases() map[string]map[string]string {
+	all := map[string]map[string]string{}
+	for alias, same := range x.Metadata.Duplicates {
+		shard := x.WeightMap[alias]
+		if all[shard] == nil {
+			all[shard] = map[string]string{}
+		}
+		all[shard][alias] = same.Master
+	}
+	return all
+}
+
+// madeSource is a model.safetensors.index.json that says of the restored shards what x says of its own.
+func (x *shardIndex) madeSource() (sourceIndex, error) {
+	var index struct {
+		Metadata  struct{}          `json:"metadata"`
+		WeightMap map[string]string `json:"weight_map"`
+	}
+	index.WeightMap = map[string]string{}
+	for tensor, shard := range x.WeightMap {
+		index.WeightMap[tensor] = strings.TrimSuffix(shard, ourExt) + sourceExt
+	}
+	text, err := json.Marshal(index, json.Deterministic(true), jsontext.WithIndent("  "))
+	return sourceIndex{"model" + sourceExt + ".index.json", string(text)}, err
 }
 
 // plainName reports whether a name that a file gives is one in its own folder, on every system.
@@ -162,9 +193,34 @@ func (c *container) sourceBytes() int64 {
 	return n
 }
 
+// findAliases reads of every index what its shards hold by another name only.
+func (t *tree) findAliases() error {
+	t.aliases = map[string]map[string]string{}
+	for _, f := range t.files {
+		if filepath.Base(f) != IndexName {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(t.root, f))
+		if err != nil {
+			return err
+		}
+		x, err := parseIndex(text)
+		if err != nil {
+			return inFile(err, filepath.Join(t.root, f))
+		}
+		for shard, names := range x.aliases() {
+			t.aliases[filepath.Join(filepath.Dir(f), shard)] = names
+		}
+	}
+	return nil
+}
+
 // check opens every `.bs` file of a tree, makes sure that the shards of each folder hold what its index says, and tells
 // the pool how much there is to decode.
 func (t *tree) check(root string, p *pool) error {
+	if err := t.findAliases(); err != nil {
+		return err
+	}
 	total := int64(0)
 	holds := map[string]map[string]int{} // file -> its tensors
 	for _, f := range t.files {
@@ -178,6 +234,9 @@ func (t *tree) check(root string, p *pool) error {
 		c, err := openContainer(file.Name(), file, info.Size())
 		file.Close()
 		if err != nil {
+			return err
+		}
+		if err := c.addAliases(t.aliases[f]); err != nil {
 			return err
 		}
 		total += c.sourceBytes()

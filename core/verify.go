@@ -103,7 +103,7 @@ func damaged(err error) (Problem, bool) {
 // allBlocks names all damaged blocks of a tensor of which one is.
 func (r *Reader) allBlocks(i int, x *Problem) {
 	t, err := r.master(r.tensors[i])
-	if err != nil {
+	if err != nil || t.file.original {
 		return
 	}
 	if bad, err := t.file.badBlocks(t.entry, codecs.NewScratch()); err == nil && len(bad) > 0 {

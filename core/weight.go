@@ -59,7 +59,10 @@ func (r *Reader) weight(i int) (*payload, error) {
 	if t.entry.bytes == 0 {
 		return nil, unfit("it has no elements")
 	}
-	p, err := r.openPayload(t)
+	if m, err := r.master(t); err == nil && m.file.original {
+		return nil, unfit("its codec " + m.entry.codec + " is one for the CPU")
+	}
+	p, err := r.openPayload(t, newPool(&Job{Workers: 1}))
 	switch {
 	case err != nil:
 		return nil, err

@@ -25,6 +25,7 @@ type Options struct {
 	SHA256    bool // store the SHA-256 of the whole source
 	NoReplace bool // refuse to replace an existing file
 	Force     bool // replace a directory that is not empty
+	Compat    bool // write what release 1.0.0 of the original package reads
 	Parity    int  // percent of the file that is added so that it can be repaired; see Repair
 }
 
@@ -472,7 +473,10 @@ func Create(path string, specs []Spec, metadata string, opts Options) (*Writer, 
 		if err := json.Unmarshal([]byte(metadata), &m); err != nil {
 			return nil, failf(InvalidArgument, "metadata is no JSON object of strings: %s", err)
 		}
-		src.metadata, _ = json.Marshal(m, json.Deterministic(true))
+		var err error
+		if src.metadata, err = marshalStrings(m); err != nil {
+			return nil, err
+		}
 	}
 	src.prefix = writeSource(src.tensors, src.metadata)
 	w, err := newWriter(path, 0, src, "", opts, ties{}, "")

@@ -122,6 +122,9 @@ typedef struct bs_job {
 #define BS_FLAG_SHA256 1     /* compress: store the SHA-256 of the whole source file; decompress then checks it */
 #define BS_FLAG_NO_REPLACE 2 /* refuse to replace an existing file (BS_IO, EEXIST) */
 #define BS_FLAG_FORCE 4      /* replace an existing, non-empty target directory */
+/* compress, convert: write what release 1.0.0 of the original package reads; no parity, no SHA-256. BS_UNSUPPORTED_FEATURE where
+ * that cannot hold a tensor. */
+#define BS_FLAG_COMPAT_1_0 8
 
 typedef struct bs_compress_options {
     size_t size;
@@ -208,6 +211,10 @@ typedef struct bs_memory_file {
  * bs_reader_locate tells must be there, and unchanged, until that call returns; elsewhere the memory may hold anything. */
 BS_API bs_status bs_reader_open_memory(const bs_memory_file *files, size_t n_files, const char *base, bs_reader **reader,
                                        bs_error *error);
+
+/* Files of the original package (1.0.0 to 4.0.0) hold no checksum but the MD5 of each tensor, so that one is compared whenever
+ * such a tensor is decoded. skip other than 0 leaves that out: nothing else tells then that it is damaged. */
+BS_API bs_status bs_reader_skip_md5(bs_reader *reader, int32_t skip, bs_error *error);
 
 BS_API void bs_reader_close(bs_reader *reader);
 
@@ -393,6 +400,11 @@ BS_API bs_status bs_compress_delta(const char *src, const char *base, const char
  * appears. */
 BS_API bs_status bs_decompress(const char *src, const char *dst, const bs_decompress_options *options, const bs_job *job,
                                bs_result *result, bs_error *error);
+
+/* Writes a `.bs` file, or a directory of them, of this package or the original one, anew with other options; every tensor's MD5
+ * is compared on the way. base: the base model where it is a delta, else NULL; what is written is a difference to it again. */
+BS_API bs_status bs_convert(const char *src, const char *dst, const char *base, const bs_compress_options *options,
+                            const bs_job *job, bs_result *result, bs_error *error);
 
 typedef struct bs_verify_result {
     size_t size;

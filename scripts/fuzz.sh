@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 each=${1:?how long or how many, such as 60s or 2000x}
-for package in ./codecs ./codecs/rans ./tests/go; do
+for package in ./codecs ./codecs/rans ./codecs/reference ./tests/go; do
 	targets=$(go test -list '^Fuzz' "$package" | grep '^Fuzz')
 	for target in $targets; do
 		# To shorten what is merely interesting would take most of the time.

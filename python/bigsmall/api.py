@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, overload
 
 from bigsmall import _native
 from bigsmall.reader import Reader
-from bigsmall.writer import FLAG_FORCE, FLAG_NO_REPLACE, FLAG_SHA256, compress_options
+from bigsmall.writer import FLAG_FORCE, FLAG_NO_REPLACE, FLAG_SHA256, compat_flag, compress_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,9 +48,10 @@ def _compress(
     overwrite: bool,
     force: bool,
     parity: int,
+    compat: str | None,
     progress: bool,
 ) -> dict[str, int]:
-    flags = FLAG_SHA256 * sha256 | FLAG_NO_REPLACE * (not overwrite) | FLAG_FORCE * force
+    flags = FLAG_SHA256 * sha256 | FLAG_NO_REPLACE * (not overwrite) | FLAG_FORCE * force | compat_flag(compat)
     options = compress_options(mode, flags, parity)
     c_src, c_dst = _native.path_bytes(src), _native.path_bytes(dst)
     label = "compressing" if progress else None
@@ -100,6 +101,7 @@ def compress(
     overwrite: bool = True,
     force: bool = False,
     parity: int = 0,
+    compat: str | None = None,
     progress: bool = False,
 ) -> str:
     """Compresses a `.safetensors` file to a `.bs` file, or a model directory to a new directory; returns `dst`.
@@ -110,6 +112,8 @@ def compress(
     overwrite : False refuses to replace an existing file (FileExistsError)
     force     : replace an existing, non-empty target directory
     parity    : percent of the file, 0 to 100, that is added so that `repair` can mend as much damage
+    compat    : "1.0" writes what release 1.0.0 of the original bigsmall package reads; Unsupported names a tensor that
+                it cannot hold. Scalars come back there with the shape [1]
     progress  : show a bar on standard error, where that is a terminal
 
     What is written is decoded again and compared before it takes the name `dst`; on any failure, and on Ctrl-C, nothing
@@ -125,6 +129,7 @@ def compress(
         overwrite=overwrite,
         force=force,
         parity=parity,
+        compat=compat,
         progress=progress,
     )
     return os.fsdecode(dst)
@@ -160,6 +165,7 @@ def compress_delta(
         overwrite=overwrite,
         force=force,
         parity=parity,
+        compat=None,
         progress=progress,
     )
     return os.fsdecode(dst)
@@ -222,6 +228,40 @@ def decompress(
 
     with Reader(src, base) as reader:
         return read(reader, reader.tensors, workers=workers, progress="decompressing" if progress else None)
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    mode: str = "balanced",
+    workers: int | None = None,
+    *,
+    base: Path | None = None,
+    compat: str | None = None,
+    parity: int = 0,
+    overwrite: bool = True,
+    force: bool = False,
+    progress: bool = False,
+) -> str:
+    """Writes a `.bs` file or directory anew, such as one of the original bigsmall package (1.0.0 to 4.0.0), without
+    restoring it in between; returns `dst`. Every tensor's MD5 is compared on the way.
+
+    base : the base model where `src` is a delta; what is written is a difference to it again
+
+    The other arguments are those of `compress`, the errors those of `compress` and `decompress`.
+    """
+    flags = FLAG_NO_REPLACE * (not overwrite) | FLAG_FORCE * force | compat_flag(compat)
+    options = compress_options(mode, flags, parity)
+    ffi, lib = _native.library()
+    c_src, c_dst = _native.path_bytes(src), _native.path_bytes(dst)
+    c_base = ffi.NULL if base is None else _native.path_bytes(base)
+    _run(
+        lambda job, result, error: lib.bs_convert(c_src, c_dst, c_base, options, job, result, error),
+        workers,
+        "converting" if progress else None,
+        [src, dst] if base is None else [src, dst, base],
+    )
+    return os.fsdecode(dst)
 
 
 @overload

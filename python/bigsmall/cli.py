@@ -132,6 +132,17 @@ def _parser() -> argparse.ArgumentParser:
         "--parity", type=_percent, default=0, metavar="PERCENT", help="add so much that `repair` can mend damage"
     )
 
+    _add_compat(sub)
+
+    sub = command("convert", _convert, "Write a .bs file or directory anew, such as one of the original package.")
+    sub.add_argument("src", metavar="SRC", help=".bs file or directory")
+    sub.add_argument("output", metavar="OUT", help="file or directory to write")
+    _add_modes(sub)
+    sub.add_argument("--base", metavar="BASE", help="the base model of a delta")
+    sub.add_argument("--force", action="store_true", help="replace an existing target directory")
+    sub.add_argument("--parity", type=_percent, default=0, metavar="PERCENT", help="as for compress")
+    _add_compat(sub)
+
     sub = command("decompress", _decompress, "Restore what was compressed, byte for byte.")
     sub.add_argument("src", metavar="SRC", help=".bs file or directory")
     sub.add_argument("-o", "--output", metavar="OUT", help="file or directory to write (default: SRC.safetensors)")
@@ -166,6 +177,10 @@ def _add_modes(parser: argparse.ArgumentParser) -> None:
         ("inference", "fastest decoding"),
     ):
         group.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
+
+
+def _add_compat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compat", choices=["1.0"], help="write what that release of the original package reads")
 
 
 def _threads(text: str) -> int:
@@ -254,6 +269,7 @@ def _compress(args: argparse.Namespace) -> int:
             overwrite=args.output is not None,
             force=args.force,
             parity=args.parity,
+            compat=args.compat,
             progress=_progress(args),
         )
     except FileExistsError as error:
@@ -278,6 +294,29 @@ def _compress(args: argparse.Namespace) -> int:
             "ratio_pct": round(percent, 2),
             "elapsed_s": elapsed,
         },
+    )
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from bigsmall import api
+
+    try:
+        api.convert(
+            args.src,
+            args.output,
+            args.mode,
+            _option(args, "threads"),
+            base=args.base,
+            compat=args.compat,
+            parity=args.parity,
+            force=args.force,
+            progress=_progress(args),
+        )
+    except FileExistsError as error:
+        raise _exists(error, args, args.output) from error
+    _say(
+        args, [f"converted {args.src} -> {args.output}"], {"source": args.src, "output": args.output, "mode": args.mode}
     )
     return 0
 
@@ -396,6 +435,7 @@ def _benchmark(args: argparse.Namespace) -> int:
             overwrite=True,
             force=False,
             parity=0,
+            compat=None,
             progress=_progress(args),
         )
         compress_s = time.perf_counter() - start

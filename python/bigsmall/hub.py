@@ -321,6 +321,8 @@ def open_reader(
             return Reader(os.path.dirname(cached[0]), base_path)
         urls = [(shard, hub.hf_hub_url(repo, folder + shard, revision=info.sha)) for shard in shards]
         ranges = Ranges(label, repo, urls, hub.utils.build_hf_headers(token=token, **who()))
+        if index is not None:
+            ranges.files.append((label + INDEX_NAME, json.dumps(index).encode()))
     reader = Reader.from_parts(ranges, base_path)
     if index is not None:
         check_index(index, label + INDEX_NAME, {t["name"]: t["file"] for t in reader.info()["tensors"]})
@@ -436,7 +438,7 @@ def from_pretrained(
     local_files_only: bool = False,
     stream: bool = False,
     workers: int | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights of a model as torch tensors: name to tensor, as `load_state_dict(strict=True)` takes them.
@@ -466,9 +468,11 @@ def from_pretrained(
         base_path = (
             None if base is None else base_of(base, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         )
-        reader = Reader(local_path(path_or_repo, progress=progress, **options), base_path)
+        reader = Reader(
+            local_path(path_or_repo, progress=progress, **options), base_path, check_md5=verify is not False
+        )
     with reader:
-        loaded = read(reader, reader.tensors, target, workers=workers, verify=verify, progress=progress)
+        loaded = read(reader, reader.tensors, target, workers=workers, verify=bool(verify), progress=progress)
         for alias, name in (reader.metadata() or {}).items():
             # Of other metadata only what looks like two names of one parameter.
             same_kind = alias.rpartition(".")[2] == name.rpartition(".")[2]

@@ -114,13 +114,24 @@ class Reader:
 
     path : `.bs` file or directory
     base : the base model (`.safetensors`, `.bs` or directory) where the file is a delta
+    check_md5 : False leaves out the comparison of MD5s where files of the original bigsmall package are decoded, which
+                have no other checksum
 
     All methods may be called from many threads at once. After a fork() the child opens the file again by itself at the
     next call, and other processes do when they are sent the reader by pickle. Opening raises OSError
     (FileNotFoundError, ...), Corrupt, Truncated, Unsupported or WrongBase.
     """
 
-    def __init__(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
+    _check_md5 = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        *,
+        check_md5: bool = True,
+    ) -> None:
+        self._check_md5 = check_md5
         self.path = os.fsdecode(path)
         self.base = None if base is None else os.fsdecode(base)
         self._files: Sequence[tuple[str, Any]] | None = None  # name and memory of each file, where they lie there
@@ -176,7 +187,10 @@ class Reader:
         else:
             status = lib.bs_reader_open(_native.path_bytes(path), c_base, raw, error)
         _native.check(status, error, [path] if base is None else [path, base])
-        return _native.Handle(raw[0], lib.bs_reader_close, sources)
+        handle = _native.Handle(raw[0], lib.bs_reader_close, sources)
+        if not self._check_md5:
+            _native.check(lib.bs_reader_skip_md5(handle.raw, 1, error), error)
+        return handle
 
     def _stat(self) -> tuple[int, ...]:
         if self._files is not None:
@@ -196,15 +210,15 @@ class Reader:
             handle = self._handle = self._opened(self._path_again, self._base_again)
         return handle
 
-    def __getstate__(self) -> tuple[str, str | None, tuple[int, ...]]:
+    def __getstate__(self) -> tuple[str, str | None, tuple[int, ...], bool]:
         """For worker processes that do not fork: the path, which they open again."""
         if self._files is not None:
             raise TypeError(f"{self.path}: a reader of memory or of a Hub cannot be pickled: open it in each process")
         self._live()
-        return self._path_again, self._base_again, self._identity
+        return self._path_again, self._base_again, self._identity, self._check_md5
 
-    def __setstate__(self, state: tuple[str, str | None, tuple[int, ...]]) -> None:
-        self.path, self.base, identity = state
+    def __setstate__(self, state: tuple[str, str | None, tuple[int, ...], bool]) -> None:
+        self.path, self.base, identity, self._check_md5 = state
         self._files = self._parts = None
         self._open()
         if self._identity != identity:

@@ -139,7 +139,7 @@ def load(
     *,
     base: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Decodes a `.bs` file, or a directory of them, to torch tensors: name to tensor, like safetensors' load_file.
@@ -148,7 +148,8 @@ def load(
     device  : where the tensors are to be; "meta" gives shapes and dtypes without data
     base    : the base model (`.safetensors`, `.bs` or directory) where the file is a delta
     workers : threads, None for all available
-    verify  : compare every tensor's MD5 too. The checksum of every block is always verified
+    verify  : True compares every tensor's MD5 too. The checksum of every block is always verified. Files of the
+              original bigsmall package have none: there the MD5 is compared unless this is False
 
     Each tensor is fresh, writable memory of its own, also where the file stores two names once. Shapes are those of the
     source but for float4_e2m1fn_x2, whose last dimension is halved.
@@ -164,8 +165,8 @@ def load(
     GPU fails.
     """
     target = as_device(device)
-    with Reader(path, base) as reader:
-        return read(reader, reader.tensors, target, workers=workers, verify=verify, progress=progress)
+    with Reader(path, base, check_md5=verify is not False) as reader:
+        return read(reader, reader.tensors, target, workers=workers, verify=bool(verify), progress=progress)
 
 
 def read(

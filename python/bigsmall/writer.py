@@ -16,6 +16,7 @@ MODES = {"balanced": 0, "inference": 1, "storage": 2}
 FLAG_SHA256 = 1
 FLAG_NO_REPLACE = 2
 FLAG_FORCE = 4
+FLAG_COMPAT_1_0 = 8
 
 MOST_PARITY = 100
 
@@ -57,6 +58,13 @@ def compress_options(mode: str, flags: int, parity: int = 0) -> Any:
     options.flags = flags
     options.parity = parity
     return options
+
+
+def compat_flag(compat: str | None) -> int:
+    """The flag of a `compat`; InvalidArgument for anything but None and "1.0"."""
+    if compat not in (None, "1.0"):
+        raise errors.InvalidArgument(f'compat must be None or "1.0", not {compat!r}')
+    return FLAG_COMPAT_1_0 if compat else 0
 
 
 def in_layout_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:

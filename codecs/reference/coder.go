@@ -1,0 +1,191 @@
+package reference
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// finder looks a symbol up by a number below 2^24.
+type finder struct {
+	cdf  []uint32
+	near [1 << nearBits]uint16 // the symbol of the first number of each cell
+}
+
+const nearBits = 12
+
+func newFinder(cdf []uint32) *finder {
+	f := &finder{cdf: cdf}
+	s := 0
+	for i := range f.near {
+		for cdf[s+1] <= uint32(i)<<(precision-nearBits) {
+			s++
+		}
+		f.near[i] = uint16(s)
+	}
+	return f
+}
+
+func (f *finder) find(q uint32) int {
+	s := int(f.near[q>>(precision-nearBits)])
+	for f.cdf[s+1] <= q {
+		s++
+	}
+	return s
+}
+
+// model is the category's, as the range coder and the stack coder use it.
+func (g category) model() (*finder, error) {
+	counts := make([]int, g.alphabet)
+	for i, s := range g.symbols {
+		counts[s] = g.counts[i]
+	}
+	cdf, err := cumulative(counts)
+	if err != nil {
+		return nil, err
+	}
+	return newFinder(cdf), nil
+}
+
+// words are those of a stream; those behind its end are 0.
+type words []byte
+
+func (w *words) next() (x uint64) {
+	if len(*w) >= 4 {
+		x = uint64(binary.LittleEndian.Uint32(*w))
+		*w = (*w)[4:]
+	}
+	return x
+}
+
+func wholeWords(b []byte, size int) error {
+	if b == nil || len(b)%size != 0 {
+		return fmt.Errorf("%d bytes are no whole number of code words", len(b))
+	}
+	return nil
+}
+
+// ranged is the range decoder of the crate constriction: 32-bit words, 64-bit state, carries resolved by the encoder.
+func ranged(out []uint16, g category, bytes []byte) error {
+	if err := wholeWords(bytes, 4); err != nil {
+		return err
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	m, err := g.model()
+	if err != nil {
+		return err
+	}
+	w := words(bytes)
+	// Only the distance of the point from the lower end matters.
+	distance := w.next() << 32
+	distance |= w.next()
+	width := ^uint64(0)
+	cdf, near := m.cdf, &m.near
+	for i := range out {
+		scale := width >> precision
+		q := distance / scale
+		if q >= total {
+			return fmt.Errorf("symbol %d of %d is none of its model", i, len(out))
+		}
+		s := int(near[q>>(precision-nearBits)&(1<<nearBits-1)])
+		low, high := uint64(cdf[s]), uint64(cdf[s+1])
+		for high <= q {
+			s++
+			low, high = high, uint64(cdf[s+1])
+		}
+		distance -= scale * low
+		if width = scale * (high - low); width < 1<<32 {
+			width <<= 32
+			distance = distance<<32 | w.next()
+		}
+		out[i] = uint16(s)
+	}
+	return nil
+}
+
+// stacked is the ANS decoder of the same crate: the words come from the end.
+func stacked(out []uint16, g category, bytes []byte) error {
+	if err := wholeWords(bytes, 4); err != nil {
+		return err
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	m, err := g.model()
+	if err != nil {
+		return err
+	}
+	pop := func() (x uint64) {
+		x = uint64(binary.LittleEndian.Uint32(bytes[len(bytes)-4:]))
+		bytes = bytes[:len(bytes)-4]
+		return x
+	}
+	state := uint64(0)
+	if len(bytes) > 0 {
+		state = pop()
+	}
+	for state < 1<<32 && len(bytes) > 0 {
+		state = state<<32 | pop()
+	}
+	for i := range out {
+		q := uint32(state) & (total - 1)
+		s := m.find(q)
+		state = (state>>precision)*uint64(m.cdf[s+1]-m.cdf[s]) + uint64(q-m.cdf[s])
+		if state < 1<<32 && len(bytes) > 0 {
+			state = state<<32 | pop()
+		}
+		out[i] = uint16(s)
+	}
+	return nil
+}
+
+// quantised is a decoder of rANS whose table holds frequencies: a power of two in all, 16-bit words, 32-bit state.
+func quantised(out []uint16, g category, bytes []byte) error {
+	if len(bytes) < 4 {
+		return errShort
+	}
+	if err := wholeWords(bytes, 2); err != nil {
+		return err
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	bits, all := 0, 0
+	for i, f := range g.counts {
+		if f <= 0 || f > 4096 {
+			return fmt.Errorf("frequency %d of symbol %d", f, g.symbols[i])
+		}
+		all += f
+	}
+	switch all {
+	case 4096:
+		bits = 12
+	case 1024:
+		bits = 10
+	default:
+		return fmt.Errorf("frequencies of %d in all", all)
+	}
+	type entry struct{ symbol, frequency, start uint16 }
+	table := make([]entry, 0, all)
+	start := 0
+	for i, f := range g.counts {
+		for range f {
+			table = append(table, entry{uint16(g.symbols[i]), uint16(f), uint16(start)})
+		}
+		start += f
+	}
+	state := binary.LittleEndian.Uint32(bytes)
+	bytes = bytes[4:]
+	for i := range out {
+		slot := state & uint32(all-1)
+		e := table[slot]
+		state = uint32(e.frequency)*(state>>bits) + slot - uint32(e.start)
+		for state < 1<<16 && len(bytes) > 0 {
+			state = state<<16 | uint32(binary.LittleEndian.Uint16(bytes))
+			bytes = bytes[2:]
+		}
+		out[i] = e.symbol
+	}
+	return nil
+}
