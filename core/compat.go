@@ -32,8 +32,6 @@ type compatTensor struct {
 	spec    sourceTensor
 	md5     [16]byte
 	encoded reference.Encoded
-	tiedTo  string
-	err     error
 }
 
 // writeCompat writes such a file of a source's tensors. Its header begins the file and is not known before, so room is kept

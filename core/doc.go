@@ -13,6 +13,7 @@
 //
 //	capi (C functions) -> core (files) -> codecs (tensors) -> codecs/rans, codecs/planes -> codecs/cpu
 //	                                   -> codecs/md5 ----------------------------------->
+//	                                   -> codecs/reference
 //
 // Imports go this one way only. Where an algorithm is worth assembly, plain Go states it, is the fallback and does the
 // tails; files *_amd64.s hold the same by AVX2 and AVX-512, written by the generators in codecs/_asm, and codecs/cpu says
@@ -37,5 +38,6 @@
 //	shard.go        bigsmall.index.json
 //	verify.go       checking everything; the headers as JSON
 //	parity.go       repairing what is damaged
+//	reference.go    files of the original package (codecs/reference); compat.go writes them, and converts
 //	temporary.go    what is being written, and what killed processes left
 package core

@@ -3,6 +3,7 @@ package reference
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // finder looks a symbol up by a number below 2^24.
@@ -64,44 +65,138 @@ func wholeWords(b []byte, size int) error {
 	return nil
 }
 
-// ranged is the range decoder of the crate constriction: 32-bit words, 64-bit state, carries resolved by the encoder.
-func ranged(out []uint16, g category, bytes []byte) error {
+// A stream is a range decoder at work: that of the crate constriction, of 32-bit words and 64-bit state, whose encoder
+// resolves carries. Only the distance of its point from the lower end of its range matters.
+type stream struct {
+	distance, width uint64
+	words           words
+	model           *finder
+	out             []uint16
+}
+
+func newStream(out []uint16, g category, bytes []byte) (*stream, error) {
 	if err := wholeWords(bytes, 4); err != nil {
-		return err
-	}
-	if len(out) == 0 {
-		return nil
+		return nil, err
 	}
 	m, err := g.model()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	w := words(bytes)
-	// Only the distance of the point from the lower end matters.
-	distance := w.next() << 32
-	distance |= w.next()
-	width := ^uint64(0)
-	cdf, near := m.cdf, &m.near
-	for i := range out {
+	s := &stream{width: ^uint64(0), words: bytes, model: m, out: out}
+	s.distance = s.words.next() << 32
+	s.distance |= s.words.next()
+	return s, nil
+}
+
+var errSymbol = fmt.Errorf("code words give a symbol that is none of their model")
+
+// ranged decodes one stream.
+func ranged(out []uint16, g category, bytes []byte) error {
+	return rangedAll([]span{{out, g, bytes}}, Serial)
+}
+
+// A span is symbols to decode, and from what.
+type span struct {
+	out   []uint16
+	g     category
+	bytes []byte
+}
+
+// lanes is how many streams are decoded side by side: a symbol of one waits for a division, a table and a product, of
+// which a processor does several at once.
+const lanes = 4
+
+// rangedAll decodes many streams.
+func rangedAll(spans []span, run Run) error {
+	spans = slices.DeleteFunc(spans, func(s span) bool { return len(s.out) == 0 })
+	slices.SortStableFunc(spans, func(a, b span) int { return len(b.out) - len(a.out) })
+	groups := (len(spans) + lanes - 1) / lanes
+	return run(groups, func(k int) error {
+		var side []*stream
+		for _, x := range spans[k*lanes : min((k+1)*lanes, len(spans))] {
+			s, err := newStream(x.out, x.g, x.bytes)
+			if err != nil {
+				return err
+			}
+			side = append(side, s)
+		}
+		for len(side) > 0 {
+			n := len(side[len(side)-1].out) // the shortest
+			if err := step(side, n); err != nil {
+				return err
+			}
+			side = slices.DeleteFunc(side, func(s *stream) bool { return len(s.out) == 0 })
+		}
+		return nil
+	})
+}
+
+// step decodes n symbols of each.
+func step(side []*stream, n int) error {
+	if len(side) == 1 {
+		return side[0].step(n)
+	}
+	for i := range n {
+		for _, s := range side {
+			scale := s.width >> precision
+			q := s.distance / scale
+			if q >= total {
+				return errSymbol
+			}
+			symbol := int(s.model.near[q>>(precision-nearBits)&(1<<nearBits-1)])
+			cdf := s.model.cdf
+			low, high := uint64(cdf[symbol]), uint64(cdf[symbol+1])
+			for high <= q {
+				symbol++
+				low, high = high, uint64(cdf[symbol+1])
+			}
+			distance, width := s.distance-scale*low, scale*(high-low)
+			if width < 1<<32 {
+				width <<= 32
+				distance = distance<<32 | s.words.next()
+			}
+			s.distance, s.width = distance, width
+			s.out[i] = uint16(symbol)
+		}
+	}
+	for _, s := range side {
+		s.out = s.out[n:]
+	}
+	return nil
+}
+
+// step is the same of one, whose state then stays in registers.
+func (s *stream) step(n int) error {
+	distance, width, words := s.distance, s.width, s.words
+	cdf, near := s.model.cdf, &s.model.near
+	for i := range s.out[:n] {
 		scale := width >> precision
 		q := distance / scale
 		if q >= total {
-			return fmt.Errorf("symbol %d of %d is none of its model", i, len(out))
+			return errSymbol
 		}
-		s := int(near[q>>(precision-nearBits)&(1<<nearBits-1)])
-		low, high := uint64(cdf[s]), uint64(cdf[s+1])
+		symbol := int(near[q>>(precision-nearBits)&(1<<nearBits-1)])
+		low, high := uint64(cdf[symbol]), uint64(cdf[symbol+1])
 		for high <= q {
-			s++
-			low, high = high, uint64(cdf[s+1])
+			symbol++
+			low, high = high, uint64(cdf[symbol+1])
 		}
 		distance -= scale * low
 		if width = scale * (high - low); width < 1<<32 {
 			width <<= 32
-			distance = distance<<32 | w.next()
+			distance = distance<<32 | words.next()
 		}
-		out[i] = uint16(s)
+		s.out[i] = uint16(symbol)
 	}
+	s.distance, s.width, s.words, s.out = distance, width, words, s.out[n:]
 	return nil
+}
+
+// oneByOne makes a coding of many of one of one.
+func oneByOne(decode func(out []uint16, g category, bytes []byte) error) coding {
+	return func(spans []span, run Run) error {
+		return run(len(spans), func(i int) error { return decode(spans[i].out, spans[i].g, spans[i].bytes) })
+	}
 }
 
 // stacked is the ANS decoder of the same crate: the words come from the end.

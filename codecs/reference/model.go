@@ -82,7 +82,11 @@ func cumulative(counts []int) ([]uint32, error) {
 		a := int(float64(x * scale))
 		free -= a
 		slots[i] = slot{symbol: i, p: x, weight: a + 1}
-		slots[i].rate()
+		if i > 0 && slots[i-1].p == x { // as of most symbols, which do not occur
+			slots[i].win, slots[i].loss = slots[i-1].win, slots[i-1].loss
+		} else {
+			slots[i].rate()
+		}
 	}
 	if free < 0 {
 		return nil, fmt.Errorf("counts of a model give no weights")
@@ -99,8 +103,13 @@ func cumulative(counts []int) ([]uint32, error) {
 		})
 		b := min(free, n)
 		for i := range slots[:b] {
-			slots[i].weight++
-			slots[i].rate()
+			s := &slots[i]
+			s.weight++
+			if i > 0 && slots[i-1].p == s.p && slots[i-1].weight == s.weight {
+				s.win, s.loss = slots[i-1].win, slots[i-1].loss
+			} else {
+				s.rate()
+			}
 		}
 		free -= b
 	}

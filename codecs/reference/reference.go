@@ -40,11 +40,11 @@ const XOR = "zstd_xor_delta"
 type decoder func(dst []byte, b Blob, c *cursor, run Run) error
 
 var decoders = map[string]decoder{
-	"bf16_se_ac":            halfDecoder(bf16, ranged),
-	"bf16_se_rans":          halfDecoder(bf16, stacked),
-	"bf16_se_tans":          halfDecoder(bf16, quantised),
+	"bf16_se_ac":            halfDecoder(bf16, rangedAll),
+	"bf16_se_rans":          halfDecoder(bf16, oneByOne(stacked)),
+	"bf16_se_tans":          halfDecoder(bf16, oneByOne(quantised)),
 	"bf16_se_single_kernel": singleKernel,
-	"fp16_se_ac":            halfDecoder(fp16, ranged),
+	"fp16_se_ac":            halfDecoder(fp16, rangedAll),
 	"fp32_se_ac":            decodeF32,
 	"fp8_cat_ac":            decodeF8,
 	"fp4_cat_ac":            decodeF4,
@@ -225,8 +225,19 @@ func readCategory(c *cursor, k, symbolBytes, alphabet int) (category, error) {
 	return g, nil
 }
 
-// coding decodes the symbols of a category from their bytes.
-type coding func(out []uint16, g category, bytes []byte) error
+// coding decodes symbols of categories from their bytes.
+type coding func(spans []span, run Run) error
+
+var symbolPool = sync.Pool{New: func() any { return new([]uint16) }}
+
+// symbols is room for n of them, until done is called: memory that was used before costs no page faults.
+func symbols(n int) (room []uint16, done func()) {
+	kept := symbolPool.Get().(*[]uint16)
+	if cap(*kept) < n {
+		*kept = make([]uint16, n)
+	}
+	return (*kept)[:n], func() { symbolPool.Put(kept) }
+}
 
 // ---- 16-bit floats: sign and exponent, then the mantissas of each exponent ----
 
@@ -252,8 +263,9 @@ func halfDecoder(h half, decode coding) decoder {
 		if err != nil {
 			return err
 		}
-		se := make([]uint16, n)
-		if err := decode(se, g, c.bytes()); err != nil {
+		se, done := symbols(n)
+		defer done()
+		if err := decode([]span{{se, g, c.bytes()}}, Serial); err != nil {
 			return err
 		}
 		m := &cursor{b: c.bytes()}
@@ -284,7 +296,6 @@ type bucket struct {
 	exponent, size int
 	g              category
 	bytes          []byte
-	symbols        []uint16
 }
 
 // buckets reads the exponents, which must be those that occur.
@@ -316,26 +327,29 @@ func (h half) join(dst []byte, se []uint16, buckets []bucket, decode coding, run
 	for _, s := range se {
 		sizes[s&mask]++
 	}
-	room := make([]uint16, len(se))
-	next := make([][]uint16, len(sizes))
-	for i := range buckets {
-		k := &buckets[i]
+	room, done := symbols(len(se))
+	defer done()
+	at := 0
+	next := make([]int, len(sizes))
+	spans := make([]span, len(buckets))
+	for i, k := range buckets {
 		n := sizes[k.exponent]
 		if k.size != n {
 			return fmt.Errorf("%d mantissas of exponent %d, which occurs %d times", k.size, k.exponent, n)
 		}
-		k.symbols, room = room[:n], room[n:]
-		next[k.exponent] = k.symbols
+		spans[i] = span{room[at : at+n], k.g, k.bytes}
+		next[k.exponent] = at
+		at += n
 	}
-	err := run(len(buckets), func(i int) error { return decode(buckets[i].symbols, buckets[i].g, buckets[i].bytes) })
-	if err != nil {
+	if err := decode(spans, run); err != nil {
 		return err
 	}
+	dst = dst[:2*len(se)]
 	for i, s := range se {
 		e := s & mask
-		m := next[e][0]
-		next[e] = next[e][1:]
-		binary.LittleEndian.PutUint16(dst[2*i:], s>>h.exponent<<15|e<<h.mantissa|m)
+		m := room[next[e]]
+		next[e]++
+		binary.LittleEndian.PutUint16(dst[2*i:2*i+2], s>>h.exponent<<15|e<<h.mantissa|m)
 	}
 	return nil
 }
@@ -382,7 +396,7 @@ func singleKernel(dst []byte, b Blob, c *cursor, run Run) error {
 	if len(seen) > 0 {
 		return fmt.Errorf("no mantissas for %d exponents that occur", len(seen))
 	}
-	return bf16.join(dst, se, buckets, quantised, run)
+	return bf16.join(dst, se, buckets, oneByOne(quantised), run)
 }
 
 // ---- other floats ----
@@ -509,7 +523,7 @@ func decodeSparse(dst []byte, b Blob, c *cursor, run Run) error {
 		if c.failed {
 			return errShort
 		}
-		if words[i], err = inner(halfDecoder(bf16, ranged), sizes[i], blob, run); err != nil {
+		if words[i], err = inner(halfDecoder(bf16, rangedAll), sizes[i], blob, run); err != nil {
 			return err
 		}
 	}
@@ -530,7 +544,7 @@ func decodeNative(dst []byte, b Blob, c *cursor, run Run) error {
 	if c.failed {
 		return errShort
 	}
-	high, err := inner(halfDecoder(bf16, ranged), n, blob, run)
+	high, err := inner(halfDecoder(bf16, rangedAll), n, blob, run)
 	if err != nil {
 		return err
 	}
@@ -550,7 +564,7 @@ func decodeNativeChosen(dst []byte, b Blob, c *cursor, run Run) error {
 	if err != nil {
 		return err
 	}
-	codecs := []decoder{decodeZstd, halfDecoder(bf16, stacked), halfDecoder(bf16, ranged)}
+	codecs := []decoder{decodeZstd, halfDecoder(bf16, oneByOne(stacked)), halfDecoder(bf16, rangedAll)}
 	for _, half := range []int{1, 0} {
 		code := c.num(1)
 		blob := c.bytes()
@@ -638,7 +652,7 @@ func decodeResidual(dst []byte, b Blob, c *cursor, run Run) error {
 	}
 	var words [2][]uint16
 	for i, blob := range blobs {
-		if words[i], err = inner(halfDecoder(bf16, ranged), n, blob, run); err != nil {
+		if words[i], err = inner(halfDecoder(bf16, rangedAll), n, blob, run); err != nil {
 			return err
 		}
 	}

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bigsmall import errors
-from bigsmall.writer import MOST_PARITY
 
 _RUNS = 3  # of each measurement of `benchmark`
 _MOST_THREADS = 2**31 - 1
@@ -191,6 +190,8 @@ def _threads(text: str) -> int:
 
 
 def _percent(text: str) -> int:
+    from bigsmall.writer import MOST_PARITY
+
     with contextlib.suppress(ValueError):
         if 0 <= (number := int(text)) <= MOST_PARITY:
             return number

@@ -88,6 +88,7 @@ def test_modes_and_flags() -> None:
         "BS_FLAG_SHA256": writer.FLAG_SHA256,
         "BS_FLAG_NO_REPLACE": writer.FLAG_NO_REPLACE,
         "BS_FLAG_FORCE": writer.FLAG_FORCE,
+        "BS_FLAG_COMPAT_1_0": writer.FLAG_COMPAT_1_0,
     }
 
 
