@@ -3,7 +3,7 @@
 `make test-long` runs this. It takes about half an hour on two cores.
 
     --quick    a tenth of all, to see whether this program works
-    --only     experiments whose name has this in it
+    --only     experiments whose name has this in it; in a table that is there already the other rows stay as they are
     --out      where the table goes; standard output without it
 """
 
@@ -393,6 +393,12 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_rows(text: str, rows: str) -> str:
+    """A table with those of its rows replaced that are in another one."""
+    fresh = {line.split(" | ")[0]: line for line in rows.splitlines()[2:]}
+    return "".join(fresh.get(line.split(" | ")[0], line) + "\n" for line in text.splitlines())
+
+
 def machine() -> str:
     import bigsmall
 
@@ -432,6 +438,8 @@ def main() -> int:
     text += f"\nMeasured on {machine()}; seed {SEED}, {minutes:.0f} minutes.\n"
     if args.out is None:
         print(text)
+    elif args.only and args.out.exists():
+        args.out.write_text(with_rows(args.out.read_text(), table(ours + others)))
     else:
         args.out.write_text(text)
     return int(any(row.failed for row in ours))

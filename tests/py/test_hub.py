@@ -13,7 +13,7 @@ import pytest
 
 import bigsmall
 from fakehub import FakeHub
-from helpers import bfloat16, run_script, weights, write_safetensors
+from helpers import REPOSITORY, bfloat16, run_script, weights, write_safetensors
 
 pytest.importorskip("torch")
 pytest.importorskip("huggingface_hub")
@@ -480,3 +480,18 @@ for stream in (True, False):
     assert bool(bs_on_disk()) != stream
 """
     run(hub, tmp_path, code, "me/sharded", models / "sharded")
+
+
+def test_repositories_of_the_original_package(hub: FakeHub, tmp_path: Path) -> None:
+    """Whose index may name tensors that are in no shard: downloaded and by ranges."""
+    folder = REPOSITORY / "tests" / "go" / "testdata" / "reference" / "v4" / "sharded_repo"
+    hub.add("me/old", folder)
+    code = """
+want = {name: torch.from_numpy(array.view(np.uint8)) for name, array in bigsmall.decompress(source).items()}
+for stream in (True, False):
+    got = bigsmall.from_pretrained(repo, stream=stream)
+    assert got.keys() == want.keys() and "lm_head.weight" in got
+    for name, tensor in got.items():
+        assert torch.equal(tensor.view(torch.uint8), want[name].reshape(tensor.view(torch.uint8).shape)), name
+"""
+    run(hub, tmp_path, "import numpy as np\n" + code, "me/old", folder)
