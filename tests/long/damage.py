@@ -3,8 +3,10 @@ starts it, for BigSmall and, in environments of their own, for its rivals, so th
 
     python damage.py CONTENDER SOURCE COMPRESSED
 
-makes COMPRESSED where it is not there, then reads lines KIND SEED COUNT and answers each with JSON: how many were
-"refused", "right", "wrong" or "other", which is an error that is none of the contender's own, and examples of those.
+makes COMPRESSED where it is not there, then reads lines KIND FIRST COUNT and answers each with JSON: how many of the
+damages number FIRST and so on were "refused", "right", "wrong" or "other", which is an error that is none of the
+contender's own; with examples of those, and the numbers of the wrong ones. A number is a seed: the damage is always the
+same.
 """
 
 from __future__ import annotations
@@ -133,6 +135,17 @@ def bytes_of(array: Any) -> bytes:
     return bytes(array.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+class Verified(Original):
+    """The same by those who first have its verify compare the MD5s, which decodes all of the file."""
+
+    def decode(self, data: bytes) -> dict[str, bytes]:
+        with tempfile.NamedTemporaryFile(dir=folder(), suffix=".bs") as file:
+            Path(file.name).write_bytes(data)
+            if not self.bigsmall.verify(file.name):
+                raise ValueError("verify says that it is damaged")
+        return super().decode(data)
+
+
 class ZipNN:
     """ZipNN packs bytes; the source's file is one string of them. It has no checksum to ask for."""
 
@@ -161,6 +174,8 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
     "repair": lambda: Repair("parity"),
     "bigsmall-1.0.0": lambda: Original("1.0.0"),
     "bigsmall-4.0.0": lambda: Original("4.0.0"),
+    "bigsmall-1.0.0 verify": lambda: Verified("1.0.0"),
+    "bigsmall-4.0.0 verify": lambda: Verified("4.0.0"),
     "zipnn": ZipNN,
 }
 
@@ -186,21 +201,22 @@ def main() -> None:
         raise RuntimeError(f"{name} does not decode its own file")
     print(json.dumps({"bytes": len(data)}), file=answers, flush=True)
     for line in sys.stdin:
-        kind, seed, count = line.split()
-        dice = random.Random(int(seed))
-        found: dict[str, Any] = {"refused": 0, "right": 0, "wrong": 0, "other": 0, "examples": []}
-        for _ in range(int(count)):
-            changed = damaged(data, kind, dice)
+        kind, first, count = line.split()
+        found: dict[str, Any] = {"refused": 0, "right": 0, "wrong": 0, "other": 0, "examples": [], "wrong_ones": []}
+        for number in range(int(first), int(first) + int(count)):
+            changed = damaged(data, kind, random.Random(number))
             if changed == data:
                 found["right"] += 1
                 continue
             try:
                 outcome = "right" if same(contender.decode(changed)) else "wrong"
+                if outcome == "wrong":
+                    found["wrong_ones"].append(number)
             except contender.own:
                 outcome = "refused"
             except BaseException as error:
                 outcome = "other"
-                found["examples"].append(repr(error)[:200])
+                found["examples"].append(f"{number}: {error!r}"[:200])
             found[outcome] += 1
         print(json.dumps(found), file=answers, flush=True)
 
