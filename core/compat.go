@@ -42,7 +42,7 @@ func writeCompat(dst string, mode os.FileMode, src *source, fetch fetcher, last 
 	}
 	tensors := slices.Clone(src.tensors)
 	slices.SortFunc(tensors, func(a, b sourceTensor) int { return strings.Compare(a.Name, b.Name) })
-	reserve := int64(1000 + len(src.metadata))
+	reserve, longest := int64(1000+len(src.metadata)), 0 // of the names that a tie may give
 	for _, t := range tensors {
 		if slices.Contains(unreadable, t.DType) {
 			return 0, at(failf(UnsupportedFeature, "release 1.0 does not decode dtype %s, nor any other tensor of a file that has it", t.DType), "", t.Name)
@@ -51,8 +51,10 @@ func writeCompat(dst string, mode os.FileMode, src *source, fetch fetcher, last 
 		if err != nil {
 			return 0, at(err, "", t.Name)
 		}
-		reserve += 500 + 2*int64(len(quoted)) + 21*int64(len(t.Shape))
+		reserve += 500 + int64(len(quoted)) + 21*int64(len(t.Shape))
+		longest = max(longest, len(quoted))
 	}
+	reserve += int64(len(tensors) * longest)
 	tmp, err := newTemporary(dst, mode, opts.NoReplace)
 	if err != nil {
 		return 0, err

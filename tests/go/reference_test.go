@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -288,6 +289,22 @@ func TestWritesForTheOriginal(t *testing.T) {
 	_, err = core.Convert(ours, again, "", core.Options{Compat: true}, nil)
 	require.NoError(t, err)
 	requireBytes(t, bs, again, "converted back")
+}
+
+// A tie may lead to a name that is much longer than its own.
+func TestWritesLongNamesForTheOriginal(t *testing.T) {
+	w := bf16(rand.New(rand.NewPCG(7, 7)), 600, 1)
+	all := []tensor{{strings.Repeat("a", 5000), "BF16", []uint64{600}, w}}
+	for i := range 20 {
+		all = append(all, tensor{fmt.Sprintf("b%d", i), "BF16", []uint64{600}, w})
+	}
+	dir := t.TempDir()
+	in, out := write(t, filepath.Join(dir, "m.safetensors"), safetensors(all, nil)), filepath.Join(dir, "m.bs")
+	_, err := core.Compress(in, out, core.Options{Compat: true}, nil)
+	require.NoError(t, err)
+	rep, err := core.Verify(out, "", "", nil)
+	require.NoError(t, err)
+	require.Empty(t, rep.Bad)
 }
 
 func f8s(r *rand.Rand, n int) []byte {
