@@ -399,16 +399,16 @@ def _on_helper_thread(call: Callable[[], int], job: _Job, refresh: Callable[[], 
     outcome: list[int] = []
     failure: list[BaseException] = []
     # Not Thread.join(): until Python 3.12 an interrupted join takes the thread for finished while it still runs.
-    started, finished = threading.Event(), threading.Event()
+    started, finished = Bell(), Bell()
 
     def target() -> None:
-        started.set()
+        started.ring()
         try:
             outcome.append(call())
         except BaseException as error:  # raised again below, in the thread that asked
             failure.append(error)
         finally:
-            finished.set()
+            finished.ring()
 
     try:
         threading.Thread(target=target, name="bigsmall", daemon=True).start()
@@ -416,21 +416,49 @@ def _on_helper_thread(call: Callable[[], int], job: _Job, refresh: Callable[[], 
             if refresh is not None:
                 refresh()
     except BaseException:
-        job.cancel[0] = 1
-        _wait_out(started, finished)
+        while True:
+            try:
+                job.cancel[0] = 1
+                _wait_out(started, finished)
+                break
+            except BaseException:  # as there
+                continue
         raise
     if failure:
         raise failure[0]
     return outcome[0]
 
 
-def _wait_out(started: threading.Event, finished: threading.Event) -> None:
-    """Returns when the thread is done. A second Ctrl-C must not leave it behind, writing into memory about to be
-    freed. One that never started (there was no room for it, or Ctrl-C came in between) is not waited for."""
+def _wait_out(started: Bell, finished: Bell) -> None:
+    """Returns when the thread is done. A second Ctrl-C, or whatever else a signal handler raises, must not leave it
+    behind, writing into memory about to be freed. One that never started (there was no room for it, or Ctrl-C came in
+    between) is not waited for."""
     while True:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             if not started.wait(1) or finished.wait():
                 return
+        except BaseException:
+            continue
+
+
+class Bell:
+    """Rings once, for one thread that waits for it. A threading.Event stays locked, and its set() waits for ever, where
+    a signal handler raises at the wrong moment of a wait; here every moment will do."""
+
+    def __init__(self) -> None:
+        self.rung = False
+        self._silence = threading.Lock()
+        self._silence.acquire()
+
+    def ring(self) -> None:
+        self.rung = True  # before the lock, which the wait may take and be interrupted
+        self._silence.release()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Whether it has rung, in so many seconds."""
+        if not self.rung:
+            self._silence.acquire(timeout=timeout)
+        return self.rung
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class _Fetch:
     def __init__(self, parts: Parts, spans: Sequence[Span]) -> None:
         self._holding = contextlib.ExitStack()
         self._failure: BaseException | None = None
-        self._stop, self._done, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._stop, self._done, self._lock = threading.Event(), _native.Bell(), threading.Lock()
         threading.Thread(target=self._run, args=(parts, spans), name="bigsmall-fetch", daemon=True).start()
 
     def _run(self, parts: Parts, spans: Sequence[Span]) -> None:
@@ -89,7 +89,7 @@ class _Fetch:
         except BaseException as error:  # raised again in the thread that waits
             self._failure = error
         with self._lock:
-            self._done.set()
+            self._done.ring()
             if self._stop.is_set():
                 self._holding.close()
 
@@ -105,7 +105,7 @@ class _Fetch:
     def abandon(self) -> None:
         with self._lock:
             self._stop.set()
-            if self._done.is_set():
+            if self._done.rung:
                 self._holding.close()
 
 

@@ -405,6 +405,8 @@ PROCESS = {
     "test_nothing_grows": "opens, with nothing left over",
 }
 FORK = {"test_": "fork, nested, with pools and threads"}
+SIGNALS = {"test_": "signals: every call and command, handlers that raise, terminals, pipes"}
+LIFETIME = {"test_": "forks, workers, exit and growth, further cases"}
 READERS = {
     "test_damage[": "random damage, every reader of Python, and of C",
     "test_damage_of_a_delta": "random damage of deltas and their bases, every reader",
@@ -431,6 +433,8 @@ EXPERIMENTS: dict[str, Callable[[float], Iterable[Row]]] = {
     "faults": pytest_rows("test_faults.py", FAULTS, lost=True),
     "process": pytest_rows("test_process.py", PROCESS, lost=False),
     "fork": pytest_rows("test_fork.py", FORK, lost=False),
+    "signals": pytest_rows("test_signals.py", SIGNALS, lost=False),
+    "lifetime": pytest_rows("test_lifetime.py", LIFETIME, lost=False),
 }
 
 
