@@ -92,7 +92,7 @@ var errSymbol = fmt.Errorf("code words give a symbol that is none of their model
 
 // ranged decodes one stream.
 func ranged(out []uint16, g category, bytes []byte) error {
-	return rangedAll([]span{{out, g, bytes}}, Serial)
+	return rangedAll([]span{{out, g, bytes}})
 }
 
 // A span is symbols to decode, and from what.
@@ -106,29 +106,29 @@ type span struct {
 // which a processor does several at once.
 const lanes = 4
 
-// rangedAll decodes many streams.
-func rangedAll(spans []span, run Run) error {
+// rangedAll decodes many streams, the longest first; where one ends the next begins.
+func rangedAll(spans []span) error {
 	spans = slices.DeleteFunc(spans, func(s span) bool { return len(s.out) == 0 })
 	slices.SortStableFunc(spans, func(a, b span) int { return len(b.out) - len(a.out) })
-	groups := (len(spans) + lanes - 1) / lanes
-	return run(groups, func(k int) error {
-		var side []*stream
-		for _, x := range spans[k*lanes : min((k+1)*lanes, len(spans))] {
-			s, err := newStream(x.out, x.g, x.bytes)
+	var side []*stream
+	for len(spans) > 0 || len(side) > 0 {
+		for len(side) < lanes && len(spans) > 0 {
+			s, err := newStream(spans[0].out, spans[0].g, spans[0].bytes)
 			if err != nil {
 				return err
 			}
-			side = append(side, s)
+			side, spans = append(side, s), spans[1:]
 		}
-		for len(side) > 0 {
-			n := len(side[len(side)-1].out) // the shortest
-			if err := step(side, n); err != nil {
-				return err
-			}
-			side = slices.DeleteFunc(side, func(s *stream) bool { return len(s.out) == 0 })
+		n := len(side[0].out)
+		for _, s := range side {
+			n = min(n, len(s.out))
 		}
-		return nil
-	})
+		if err := step(side, n); err != nil {
+			return err
+		}
+		side = slices.DeleteFunc(side, func(s *stream) bool { return len(s.out) == 0 })
+	}
+	return nil
 }
 
 // step decodes n symbols of each.
@@ -194,8 +194,13 @@ func (s *stream) step(n int) error {
 
 // oneByOne makes a coding of many of one of one.
 func oneByOne(decode func(out []uint16, g category, bytes []byte) error) coding {
-	return func(spans []span, run Run) error {
-		return run(len(spans), func(i int) error { return decode(spans[i].out, spans[i].g, spans[i].bytes) })
+	return func(spans []span) error {
+		for _, s := range spans {
+			if err := decode(s.out, s.g, s.bytes); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 }
 

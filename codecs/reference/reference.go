@@ -226,7 +226,7 @@ func readCategory(c *cursor, k, symbolBytes, alphabet int) (category, error) {
 }
 
 // coding decodes symbols of categories from their bytes.
-type coding func(spans []span, run Run) error
+type coding func(spans []span) error
 
 var symbolPool = sync.Pool{New: func() any { return new([]uint16) }}
 
@@ -255,26 +255,21 @@ var (
 
 func halfDecoder(h half, decode coding) decoder {
 	return func(dst []byte, b Blob, c *cursor, run Run) error {
-		n, err := c.elements(b, dst, 2)
-		if err != nil {
+		if _, err := c.elements(b, dst, 2); err != nil {
 			return err
 		}
 		g, err := readCategory(c, c.num(h.nSymbols), h.symbol, 2<<h.exponent)
 		if err != nil {
 			return err
 		}
-		se, done := symbols(n)
-		defer done()
-		if err := decode([]span{{se, g, c.bytes()}}, Serial); err != nil {
-			return err
-		}
+		code := c.bytes()
 		m := &cursor{b: c.bytes()}
 		if c.failed {
 			return errShort
 		}
-		buckets, err := h.buckets(m, se)
-		if err != nil {
-			return err
+		var buckets []bucket
+		for _, e := range m.nums(m.num(4), h.exponents) {
+			buckets = append(buckets, bucket{exponent: e})
 		}
 		for i := range buckets {
 			k := &buckets[i]
@@ -287,7 +282,7 @@ func halfDecoder(h half, decode coding) decoder {
 		if err := m.end(); err != nil {
 			return err
 		}
-		return h.join(dst, se, buckets, decode, run)
+		return h.join(dst, span{nil, g, code}, buckets, decode)
 	}
 }
 
@@ -298,53 +293,40 @@ type bucket struct {
 	bytes          []byte
 }
 
-// buckets reads the exponents, which must be those that occur.
-func (h half) buckets(m *cursor, se []uint16) ([]bucket, error) {
-	list := m.nums(m.num(4), h.exponents)
-	if m.failed {
-		return nil, errShort
-	}
-	seen := make([]bool, 1<<h.exponent)
-	for _, s := range se {
-		seen[s&(1<<h.exponent-1)] = true
-	}
-	var all []bucket
-	for e, ok := range seen {
-		if ok {
-			all = append(all, bucket{exponent: e})
+// join decodes the signs and exponents, and the mantissas of each exponent, all side by side, and puts them together.
+func (h half) join(dst []byte, signs span, buckets []bucket, decode coding) error {
+	n := len(dst) / 2
+	se, done := symbols(n)
+	defer done()
+	room, done := symbols(n)
+	defer done()
+	signs.out = se
+	spans, at := []span{signs}, 0
+	next := make([]int, 1<<h.exponent)
+	for i, k := range buckets {
+		if k.exponent >= len(next) || i > 0 && k.exponent <= buckets[i-1].exponent || k.size <= 0 || k.size > n-at {
+			return fmt.Errorf("%d mantissas of exponent %d, of %d weights", k.size, k.exponent, n)
 		}
+		spans = append(spans, span{room[at : at+k.size], k.g, k.bytes})
+		next[k.exponent] = at
+		at += k.size
 	}
-	if !slices.EqualFunc(all, list, func(k bucket, e int) bool { return k.exponent == e }) {
-		return nil, fmt.Errorf("%d exponents are listed, other ones occur", len(list))
+	if err := decode(spans); err != nil {
+		return err
 	}
-	return all, nil
-}
-
-// join decodes the mantissas and puts the words together.
-func (h half) join(dst []byte, se []uint16, buckets []bucket, decode coding, run Run) error {
 	mask := uint16(1)<<h.exponent - 1
-	sizes := make([]int, 1<<h.exponent)
+	sizes := make([]int, len(next))
 	for _, s := range se {
 		sizes[s&mask]++
 	}
-	room, done := symbols(len(se))
-	defer done()
-	at := 0
-	next := make([]int, len(sizes))
-	spans := make([]span, len(buckets))
-	for i, k := range buckets {
-		n := sizes[k.exponent]
-		if k.size != n {
-			return fmt.Errorf("%d mantissas of exponent %d, which occurs %d times", k.size, k.exponent, n)
+	for _, k := range buckets {
+		if sizes[k.exponent] != k.size {
+			return fmt.Errorf("%d mantissas of exponent %d, which occurs %d times", k.size, k.exponent, sizes[k.exponent])
 		}
-		spans[i] = span{room[at : at+n], k.g, k.bytes}
-		next[k.exponent] = at
-		at += n
 	}
-	if err := decode(spans, run); err != nil {
-		return err
+	if at != n { // and so each exponent has its mantissas
+		return fmt.Errorf("%d mantissas of %d weights", at, n)
 	}
-	dst = dst[:2*len(se)]
 	for i, s := range se {
 		e := s & mask
 		m := room[next[e]]
@@ -356,8 +338,7 @@ func (h half) join(dst []byte, se []uint16, buckets []bucket, decode coding, run
 
 // singleKernel is the layout of bf16_se_tans with the streams' numbers before them.
 func singleKernel(dst []byte, b Blob, c *cursor, run Run) error {
-	n, err := c.elements(b, dst, 2)
-	if err != nil {
+	if _, err := c.elements(b, dst, 2); err != nil {
 		return err
 	}
 	g, err := readCategory(c, c.num(2), 2, 512)
@@ -365,10 +346,7 @@ func singleKernel(dst []byte, b Blob, c *cursor, run Run) error {
 		return err
 	}
 	state := c.take(4)
-	se := make([]uint16, n)
-	if err := quantised(se, g, slices.Concat(state, c.take(2*c.num(4)))); err != nil {
-		return err
-	}
+	signs := span{nil, g, slices.Concat(state, c.take(2*c.num(4)))}
 	var buckets []bucket
 	for range c.num(4) {
 		k := bucket{exponent: c.num(2)}
@@ -383,20 +361,8 @@ func singleKernel(dst []byte, b Blob, c *cursor, run Run) error {
 		}
 		buckets = append(buckets, k)
 	}
-	seen := map[int]bool{}
-	for _, s := range se {
-		seen[int(s&255)] = true
-	}
-	for _, k := range buckets {
-		if !seen[k.exponent] {
-			return fmt.Errorf("mantissas of exponent %d, which does not occur or was there before", k.exponent)
-		}
-		delete(seen, k.exponent)
-	}
-	if len(seen) > 0 {
-		return fmt.Errorf("no mantissas for %d exponents that occur", len(seen))
-	}
-	return bf16.join(dst, se, buckets, oneByOne(quantised), run)
+	slices.SortFunc(buckets, func(a, b bucket) int { return a.exponent - b.exponent })
+	return bf16.join(dst, signs, buckets, oneByOne(quantised))
 }
 
 // ---- other floats ----
