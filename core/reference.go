@@ -117,7 +117,7 @@ func (c *container) checkOriginalEntry(x *headerTensor, end uint64) (*entry, err
 		}
 		return nil, failf(UnsupportedCodec, "codec %q, written by %s, is unknown to BigSmall %s", what, c.writerName(), Version)
 	}
-	if !e.blob.Plausible(e.compressed) {
+	if !e.blob.Plausible(e.compressed, e.bytes) {
 		return nil, failf(Corrupt, "%d bytes for %d elements", e.compressed, e.elements())
 	}
 	return e, nil

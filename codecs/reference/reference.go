@@ -69,11 +69,12 @@ func (b Blob) key() string {
 // Known reports whether Decode knows that codec.
 func (b Blob) Known() bool { return decoders[b.key()] != nil }
 
-// mostPerByte bounds what a byte of a blob decodes to: a nearly constant tensor takes some 190,000 symbols a byte.
-const mostPerByte = 1 << 18
+// mostPerByte bounds what a byte of a blob decodes to, so that a small file is not believed to hold a very large tensor: zstd
+// comes to 32,768, tensors that the coders are chosen for to some thousands.
+const mostPerByte = 1 << 16
 
-// Plausible reports whether a blob of n bytes can hold so many elements.
-func (b Blob) Plausible(n int64) bool { return b.Elements <= (n+1)*mostPerByte }
+// Plausible reports whether a blob of n bytes can hold so many.
+func (b Blob) Plausible(n, bytes int64) bool { return bytes <= (n+1)*mostPerByte }
 
 // Decode decodes a blob to exactly len(dst) bytes. Every length in it is checked first.
 func Decode(dst []byte, b Blob, blob []byte, run Run) error {

@@ -73,7 +73,7 @@ func TestFixtures(t *testing.T) {
 			}
 			codecs[b.key()]++
 			dst := make([]byte, n)
-			require.True(t, b.Plausible(int64(e.Compressed)))
+			require.True(t, b.Plausible(int64(e.Compressed), n))
 			err := Decode(dst, b, data[e.Offset:][:e.Compressed], Serial)
 			require.NoError(t, err, "%s: %s %s", path, e.Name, b.key())
 			if e.Codec == XOR {
