@@ -18,6 +18,7 @@ type base struct {
 	path     string
 	reader   *Reader
 	files    []*os.File
+	infos    []os.FileInfo // of files, when they were opened
 	mu       sync.Mutex
 	plain    map[string]*baseTensor // of safetensors files
 	prefixes [][]byte               // and their headers
@@ -98,7 +99,7 @@ func (b *base) addPlain(name string) error {
 	if err != nil {
 		return err
 	}
-	b.files = append(b.files, f)
+	b.files, b.infos = append(b.files, f), append(b.infos, info)
 	src, err := readSource(f, info.Size())
 	if err != nil {
 		return err
@@ -111,6 +112,16 @@ func (b *base) addPlain(name string) error {
 		n := t.End - t.Begin
 		b.plain[t.Name] = &baseTensor{name: t.Name, dtype: t.DType, bytes: n,
 			src: io.NewSectionReader(f, int64(len(src.prefix))+t.Begin, n)}
+	}
+	return nil
+}
+
+// unchanged makes sure that the base is what was identified: it is read again to be coded against.
+func (b *base) unchanged() error {
+	for i, f := range b.files {
+		if err := unchanged(f, b.infos[i], f.Name()); err != nil {
+			return err
+		}
 	}
 	return nil
 }

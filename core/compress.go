@@ -28,13 +28,13 @@ func compress(src, basePath, dst string, opts Options, p *pool) (Result, error) 
 	if err != nil {
 		return Result{}, inFile(err, src)
 	}
+	if err := notTheBase(dst, basePath); err != nil {
+		return Result{}, err
+	}
 	if info.IsDir() {
 		return compressTree(src, basePath, dst, opts, p)
 	}
 	p.total(info.Size())
-	if err := notTheBase(dst, basePath); err != nil {
-		return Result{}, err
-	}
 	var b *base
 	if basePath != "" {
 		if b, err = openBase(basePath); err != nil {
@@ -96,6 +96,24 @@ func notTheBase(dst, basePath string) error {
 	}
 	if sameFile(dst, basePath) || within(dst, basePath) || within(basePath, dst) {
 		return failf(InvalidArgument, "%s is the base %s, or one lies within the other: choose another target", dst, basePath)
+	}
+	if info, err := os.Stat(basePath); err != nil || !info.IsDir() {
+		return nil
+	}
+	t, _ := readTree(basePath) // whatever else is wrong with it shows when it is opened
+	return t.notThrough(dst)
+}
+
+// notThrough refuses a target that links in the tree lead into: what they lead to would be replaced.
+func (t *tree) notThrough(dst string) error {
+	if _, err := os.Stat(dst); err != nil {
+		return nil
+	}
+	for _, path := range slices.Concat(t.dirs, t.files) {
+		path = filepath.Join(t.root, path)
+		if within(path, dst) {
+			return failf(InvalidArgument, "%s links into %s: choose another target", path, dst)
+		}
 	}
 	return nil
 }
@@ -184,6 +202,11 @@ func compressFile(src, dst string, b *base, opts Options, shared ties, shard str
 	if err := unchanged(f, before, src); err != nil {
 		return res, err
 	}
+	if b != nil {
+		if err := b.unchanged(); err != nil {
+			return res, err
+		}
+	}
 	published = true // finish abandons it where it fails
 	n, err := w.finish(sum, p)
 	if err != nil {
@@ -199,9 +222,13 @@ func unchanged(f *os.File, before os.FileInfo, src string) error {
 		return inFile(err, src)
 	}
 	if after.Size() != before.Size() || !after.ModTime().Equal(before.ModTime()) {
-		return &Error{Status: InvalidArgument, File: src, Msg: "was changed while it was read: nothing was written"}
+		return wasChanged(src)
 	}
 	return nil
+}
+
+func wasChanged(file string) error {
+	return &Error{Status: InvalidArgument, File: file, Msg: "was changed while it was read: nothing was written"}
 }
 
 // tree is what a directory holds, links followed: paths relative to it, sorted.
@@ -277,11 +304,14 @@ func within(path, dir string) bool {
 }
 
 // newTree builds a directory beside dst and gives it its name once build is through.
-func newTree(src, dst string, force bool, build func(tmp string) error) error {
-	if within(dst, src) || within(src, dst) {
-		return failf(InvalidArgument, "%s and %s lie within each other: choose a target elsewhere", src, dst)
+func newTree(t *tree, dst string, force bool, build func(tmp string) error) error {
+	if within(dst, t.root) || within(t.root, dst) {
+		return failf(InvalidArgument, "%s and %s lie within each other: choose a target elsewhere", t.root, dst)
 	}
-	info, err := os.Stat(src)
+	if err := t.notThrough(dst); err != nil {
+		return err
+	}
+	info, err := os.Stat(t.root)
 	if err != nil {
 		return err
 	}
@@ -311,7 +341,9 @@ func copyFile(src, dst string) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, in)
+	if _, err = io.Copy(out, in); err == nil {
+		err = unchanged(in, info, src)
+	}
 	if e := out.Sync(); err == nil {
 		err = e
 	}
@@ -348,7 +380,7 @@ func compressTree(src, basePath, dst string, opts Options, p *pool) (res Result,
 		return res, failf(InvalidArgument, "%s holds no %s file", src, sourceExt)
 	}
 	p.total(total)
-	err = newTree(src, dst, opts.Force, func(tmp string) error {
+	err = newTree(t, dst, opts.Force, func(tmp string) error {
 		for _, d := range t.dirs {
 			if err := os.MkdirAll(filepath.Join(tmp, d), 0o755); err != nil {
 				return err

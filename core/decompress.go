@@ -216,7 +216,7 @@ func decompressTree(src, dst, basePath string, opts Options, p *pool) (res Resul
 	if err := t.check(src, p); err != nil {
 		return res, err
 	}
-	err = newTree(src, dst, opts.Force, func(tmp string) error {
+	err = newTree(t, dst, opts.Force, func(tmp string) error {
 		for _, d := range t.dirs {
 			if err := os.MkdirAll(filepath.Join(tmp, d), 0o755); err != nil {
 				return err

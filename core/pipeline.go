@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/zeebo/xxh3"
+
 	"bigsmall.dev/bigsmall/codecs"
 )
 
@@ -96,6 +98,10 @@ func (l *pipeline) encode(i int) error {
 		return err
 	}
 	defer l.release(it, held)
+	// What is coded must be what was digested. Times do not tell: a mapping changes a file without them.
+	if held != nil && it.data == nil && xxh3.Hash(held) != it.hash {
+		return wasChanged("")
+	}
 	t := &codecs.Tensor{DType: it.spec.DType, Shape: it.entry.Shape, Bytes: n, Src: it.src, Held: held, Mode: l.w.opts.Mode, Run: l.pool.run}
 	choose := codecs.NewEncoding
 	if it.base != nil {
@@ -132,6 +138,17 @@ func (l *pipeline) encode(i int) error {
 	if err != nil || l.stopped {
 		return err
 	}
+	if held == nil {
+		l.mu.Unlock()
+		same, err := it.unchanged(l.pool)
+		l.mu.Lock()
+		if err == nil && !same {
+			err = wasChanged("")
+		}
+		if err != nil || l.stopped {
+			return err
+		}
+	}
 	last, size := len(groups)-1, int64(e.HeadLen())
 	for _, n := range lens[:last] {
 		size += int64(n)
@@ -152,6 +169,15 @@ func (l *pipeline) encode(i int) error {
 	it.coded = true
 	l.drain()
 	return nil
+}
+
+// unchanged reads an item that is not held once more.
+func (it *item) unchanged(p *pool) (bool, error) {
+	h := hashers.Get().(*xxh3.Hasher)
+	defer hashers.Put(h)
+	h.Reset()
+	err := p.copy(h, it.src, it.spec.End-it.spec.Begin)
+	return h.Sum64() == it.hash, err
 }
 
 // mostHeld is how much of the sources is held in memory at once.

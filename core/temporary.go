@@ -39,7 +39,10 @@ func newTemporary(target string, mode os.FileMode, noReplace bool) (*temporary, 
 			return nil, existsAlready(target)
 		}
 	}
-	target = followLinks(target)
+	target, err := followLinks(target)
+	if err != nil {
+		return nil, err
+	}
 	if info, err := os.Stat(target); err == nil {
 		if !info.Mode().IsRegular() {
 			return nil, &Error{Status: InvalidArgument, File: target, Msg: "is a directory or a device: give the name of a file to write"}
@@ -75,18 +78,19 @@ func existsAlready(path string) error {
 }
 
 // followLinks is what a link names, which is what is replaced: it keeps pointing where it points.
-func followLinks(path string) string {
+func followLinks(path string) (string, error) {
+	name := path
 	for range 40 {
 		to, err := os.Readlink(path)
 		if err != nil {
-			break
+			return path, nil
 		}
 		if !filepath.IsAbs(to) {
 			to = filepath.Join(filepath.Dir(path), to)
 		}
 		path = to
 	}
-	return path
+	return "", &Error{Status: IO, File: name, Msg: "links to itself", Err: syscall.ELOOP}
 }
 
 // A name beside target is the target's with one of these and numbers of its own behind.
@@ -101,7 +105,12 @@ var leftover = regexp.MustCompile(`^(\.tmp-|\.old-)[0-9]+-[0-9a-f]{8}$`)
 var beside = regexp.MustCompile(`(^|[/\\])\.([^/\\]+)\.tmp-[0-9]+-[0-9a-f]{8}($|[/\\])`)
 
 // finalName is what a user knows a file by that is being written, or that is in a directory that is.
-func finalName(path string) string { return beside.ReplaceAllString(path, "$1$2$3") }
+func finalName(path string) string {
+	for beside.MatchString(path) { // of two in a row the separator between them belongs to the first
+		path = beside.ReplaceAllString(path, "$1$2$3")
+	}
+	return path
+}
 
 // longestName leaves room in the 255 bytes that a name may have.
 const longestName = 200
@@ -222,14 +231,17 @@ type temporaryTree struct {
 // newTemporaryTree makes the directory that will become target, with the permissions of mode. force replaces a target that
 // holds something.
 func newTemporaryTree(target string, mode os.FileMode, force bool) (*temporaryTree, error) {
-	target = followLinks(filepath.Clean(target))
+	target, err := followLinks(filepath.Clean(target))
+	if err != nil {
+		return nil, err
+	}
 	sweep(target)
 	if info, err := os.Stat(target); err == nil {
 		if !info.IsDir() {
 			return nil, &Error{Status: IO, File: target, Msg: "exists and is no directory", Err: os.ErrExist}
 		}
 		entries, err := os.ReadDir(target)
-		if err != nil {
+		if err != nil && !os.IsNotExist(err) { // gone while it was read, as one that was replaced: publish looks again
 			return nil, err
 		}
 		if len(entries) > 0 && !force {

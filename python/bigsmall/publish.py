@@ -155,7 +155,9 @@ def compress_for_hub(
     _apart(root, output)
     _sweep(output)
     with _own_errors():
-        split = _split(source, _walk(root, _NOT_OF_THE_MODEL), keep)
+        found = _walk(root, _NOT_OF_THE_MODEL)
+        _not_through(found, output)
+        split = _split(source, found, keep)
         left_out.update(split.left_out)
         replaces = _replaceable(output, split, force, lambda name: _sha256(split.files[split.source_of[name]]))
         card = _card(split, root, base_model, repo_id or f"OWNER/{os.path.basename(output)}")
@@ -368,6 +370,13 @@ def _apart(root: str, output: str) -> None:
         raise errors.InvalidArgument(
             f"{output} and the source {source} lie within each other: choose a target elsewhere"
         )
+
+
+def _not_through(files: dict[str, str], output: str) -> None:
+    """Refuses an output that links in the source lead into: what they lead to would be replaced."""
+    for path in files.values():
+        if os.path.commonpath([os.path.realpath(path), output]) == output:
+            raise errors.InvalidArgument(f"{path} links into {output}: choose a target elsewhere")
 
 
 def _replaceable(output: str, split: _Split, force: bool, sha256: Callable[[str], str]) -> bool:
