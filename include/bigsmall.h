@@ -35,7 +35,9 @@
 extern "C" {
 #endif
 
-#if defined(BS_BUILDING) && defined(__GNUC__)
+#if defined(BS_BUILDING) && defined(_WIN32)
+#define BS_API __declspec(dllexport)
+#elif defined(BS_BUILDING) && defined(__GNUC__)
 #define BS_API __attribute__((visibility("default")))
 #else
 #define BS_API

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 import bigsmall
-from bigsmall import compressed, cuda, errors
-from bigsmall.compressed import CompressedEmbedding, CompressedLinear, Scratch
-from bigsmall.integrations import huggingface
+from bigsmall import errors
 from bigsmall.reader import Reader, TensorInfo
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from bigsmall import compressed, cuda  # noqa: E402
+from bigsmall.compressed import CompressedEmbedding, CompressedLinear, Scratch  # noqa: E402
+from bigsmall.integrations import huggingface  # noqa: E402
 
 
 class OnCPU(compressed.CompressedWeight):

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import fakecuda
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import bigsmall
-from bigsmall import cuda, errors, placement
-from bigsmall.integrations import huggingface
+from bigsmall import errors
 from bigsmall.reader import Destination, Reader
 from helpers import run_script
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import save_file  # noqa: E402
+
+from bigsmall import cuda, placement  # noqa: E402
+from bigsmall.integrations import huggingface  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,12 +10,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import bigsmall
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+
+from safetensors.torch import save_file  # noqa: E402
 
 
 def child(code: str, *arguments: object, interpret: bool = True) -> str:
