@@ -31,7 +31,6 @@ const (
 	planeConstant        // one symbol, patches apart
 	planeRANS            // states and words
 	planeZstd            // one byte a symbol, in one zstd frame
-	planePaired          // a symbol plane whose stream holds the mantissas too, and that mantissa plane
 	endPlane
 )
 
@@ -43,7 +42,7 @@ type Scratch struct {
 	Past bool
 
 	words, base    []uint64
-	sym, mant      []uint16
+	sym            []uint16
 	rest           []uint16
 	bytes, classes []uint8
 	stream         []byte
@@ -74,7 +73,7 @@ func (s *Scratch) zstdDecode(dst, src []byte) error {
 	if s.decoder == nil {
 		var err error
 		s.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true),
-			zstd.WithDecoderMaxMemory(BlockWords*8), zstd.WithDecoderLowmem(true))
+			zstd.WithDecoderMaxMemory(mostZstd), zstd.WithDecoderLowmem(true))
 		if err != nil {
 			return errorf(Internal, "zstd: %s", err)
 		}
@@ -118,10 +117,11 @@ func (p *Payload) Verify(first int, src []byte) error {
 // block is a coded block, cut into its planes but not decoded.
 type block struct {
 	dst    []byte
-	n      int // words
+	first  uint64 // number of its first word
+	n      int    // words
 	fields [maxFields]struct {
-		sym, mant plane
-		rest      []byte // packed
+		sym  plane
+		rest []byte // packed
 	}
 }
 
@@ -156,7 +156,7 @@ func (f *Format) decodeBlocks(first int, dst []byte, blocks [][]byte, base []byt
 				body, err = f.decodeDiff(out, body, base[k*per:], s)
 			} else {
 				b := &s.blocks[coded]
-				b.dst, b.n = out, len(out)/f.word
+				b.dst, b.first, b.n = out, uint64(first+k)*BlockWords, len(out)/f.word
 				body, err = f.cut(b, body)
 				coded++
 			}
@@ -280,16 +280,6 @@ type plane struct {
 	listed  []byte // the others
 }
 
-// The part a plane may play: that of a symbol plane with mantissas can be the first of a pair, whose stream holds both;
-// the second then has nothing but its patches.
-type planeRole int
-
-const (
-	alone planeRole = iota
-	firstOfPair
-	secondOfPair
-)
-
 // cut cuts a coded block into its planes, and returns what follows them.
 func (f *Format) cut(b *block, body []byte) (tail []byte, err error) {
 	if len(f.fields) == 0 {
@@ -297,20 +287,8 @@ func (f *Format) cut(b *block, body []byte) (tail []byte, err error) {
 	}
 	for i, x := range f.fields {
 		p := &b.fields[i]
-		hasTables, role := len(f.sym[i].tables) > 0, alone
-		if x.Mant > 0 {
-			role = firstOfPair
-		}
-		if body, err = p.sym.cut(body, b.n, uint(x.Sym), role, hasTables); err != nil {
+		if body, err = p.sym.cut(body, b.n, uint(x.Sym), len(f.sym[i].tables) > 0); err != nil {
 			return nil, err
-		}
-		if x.Mant > 0 {
-			if role = alone; p.sym.kind == planePaired {
-				role = secondOfPair
-			}
-			if body, err = p.mant.cut(body, b.n, uint(x.Mant), role, false); err != nil {
-				return nil, err
-			}
 		}
 		if p.rest, body, err = takeBits(body, b.n*int(x.Rest)); err != nil {
 			return nil, err
@@ -320,15 +298,14 @@ func (f *Format) cut(b *block, body []byte) (tail []byte, err error) {
 }
 
 // cut takes a plane of n symbols off body.
-func (p *plane) cut(body []byte, n int, symBits uint, role planeRole, hasTables bool) ([]byte, error) {
+func (p *plane) cut(body []byte, n int, symBits uint, hasTables bool) ([]byte, error) {
 	head, body, err := take(body, planeHead)
 	if err != nil {
 		return nil, err
 	}
 	size := int64(binary.LittleEndian.Uint32(head[4:]))
 	*p = plane{kind: head[0], symBits: symBits, patches: int(binary.LittleEndian.Uint16(head[2:]))}
-	if p.kind >= endPlane || head[1] != 0 || p.patches > 0 && (p.kind == planeRaw || p.kind == planeZstd) ||
-		p.kind == planePaired && role == alone || p.kind != planePaired && role == secondOfPair {
+	if p.kind >= endPlane || head[1] != 0 || p.patches > 0 && (p.kind == planeRaw || p.kind == planeZstd) {
 		return nil, corrupt("kind %d of a plane", p.kind)
 	}
 	if size > int64(len(body)) && p.kind != planeConstant {
@@ -348,13 +325,7 @@ func (p *plane) cut(body []byte, n int, symBits uint, role planeRole, hasTables 
 			return nil, corrupt("symbol %d of %d bits", size, symBits)
 		}
 		p.symbol = uint16(size)
-	case planePaired, planeRANS:
-		if role == secondOfPair { // decoded with its first
-			if size != 0 {
-				return nil, corrupt("second plane of a pair with %d words", size)
-			}
-			break
-		}
+	case planeRANS:
 		if !hasTables {
 			return nil, corrupt("coded plane without a table")
 		}
@@ -412,7 +383,7 @@ func (p *plane) bytes(n int, s *Scratch) ([]byte, error) {
 	return raw, nil
 }
 
-// fill decodes a plane that has no stream of its own, patches and all.
+// fill decodes a plane without a stream, patches and all.
 func (p *plane) fill(sym []uint16, s *Scratch) error {
 	switch p.kind {
 	case planeRaw, planeZstd:
@@ -484,7 +455,7 @@ func (f *Format) joinSymbols(blocks []block, group int, s *Scratch) error {
 	n := 0
 	for k := range blocks {
 		b := &blocks[k]
-		if p := &b.fields[0]; p.sym.kind == planeRANS {
+		if p := &b.fields[0]; p.sym.kind == planeRANS && f.scales == nil {
 			if err := batch.Add(p.sym.data, p.rest, b.n); err != nil {
 				return corrupt("%s", err)
 			}
@@ -493,7 +464,7 @@ func (f *Format) joinSymbols(blocks []block, group int, s *Scratch) error {
 			n++
 		} else {
 			sym := room(&s.sym, b.n)
-			if err := p.sym.fill(sym, s); err != nil {
+			if err := f.symbols(sym, 0, group, b, s); err != nil {
 				return err
 			}
 			x.JoinDirect(b.dst, sym, p.rest, f.word, f.shift)
@@ -538,7 +509,7 @@ func (f *Format) joinChunks(blocks []block, group int, s *Scratch) error {
 		for k, n := 0, 0; k < len(blocks); k++ {
 			b, part := &blocks[k], &parts[k][i]
 			p := &b.fields[i]
-			if part.stream = -1; p.sym.kind == planeRANS {
+			if part.stream = -1; p.sym.kind == planeRANS && f.sym[i].classes == nil {
 				if err := s.batch[i].Add(p.sym.data, p.rest, b.n); err != nil {
 					return corrupt("%s", err)
 				}
@@ -552,7 +523,7 @@ func (f *Format) joinChunks(blocks []block, group int, s *Scratch) error {
 				continue
 			}
 			sym := room(&s.sym, b.n)
-			if err := p.sym.fill(sym, s); err != nil {
+			if err := f.symbols(sym, i, group, b, s); err != nil {
 				return err
 			}
 			part.data = take(b.n * size[i])
@@ -612,23 +583,17 @@ func (f *Format) joinChunks(blocks []block, group int, s *Scratch) error {
 
 // joinFields decodes a block of any fields and any transform.
 func (f *Format) joinFields(b *block, group int, s *Scratch) error {
-	sym, mant, rest := room(&s.sym, b.n), room(&s.mant, b.n), room(&s.rest, b.n)
+	sym, rest := room(&s.sym, b.n), room(&s.rest, b.n)
 	words := room(&s.words, b.n)
 	clear(words)
 	for i, x := range f.fields {
-		p := &b.fields[i]
-		if err := f.symbols(sym, mant, i, group, b, s); err != nil {
+		if err := f.symbols(sym, i, group, b, s); err != nil {
 			return err
 		}
-		if x.Mant > 0 && p.sym.kind != planePaired {
-			if err := p.mant.fill(mant, s); err != nil {
-				return err
-			}
-		}
 		if x.Rest > 0 {
-			planes.Unpack(rest, p.rest, x.Rest)
+			planes.Unpack(rest, b.fields[i].rest, x.Rest)
 		}
-		x.Join(words, sym, mant, rest)
+		x.Join(words, sym, rest)
 	}
 	if !f.undo(words) {
 		return corrupt("index outside the palette")
@@ -637,29 +602,23 @@ func (f *Format) joinFields(b *block, group int, s *Scratch) error {
 	return nil
 }
 
-// symbols decodes the symbols of field i, and the mantissas that share their stream.
-func (f *Format) symbols(sym, mant []uint16, i, group int, b *block, s *Scratch) error {
-	x, p := f.fields[i], &b.fields[i]
+// symbols decodes the symbols of field i.
+func (f *Format) symbols(sym []uint16, i, group int, b *block, s *Scratch) error {
+	p := &b.fields[i].sym
 	var carry [rans.Lanes]uint16
 	var err error
-	switch p.sym.kind {
-	case planeRANS:
-		carry, err = decodeSymbols(sym, p.sym.data, f.decoder(i, group), s)
-	case planePaired:
-		m := f.mant[i]
-		pair := &rans.PairOf{Values: mant, Tables: m.expand(rans.Symbols), Class: m.classes, Shift: classShift(x.Sym)}
-		if carry, err = rans.DecodeClasses(sym, p.sym.data, []*rans.Decoder{f.decoder(i, group)}, nil, pair); err == nil {
-			if err := p.mant.patch(mant, &[rans.Lanes]uint16{}, s); err != nil {
-				return err
-			}
-		}
+	switch {
+	case p.kind != planeRANS:
+		return p.fill(sym, s)
+	case f.sym[i].classes != nil:
+		carry, err = f.sym[i].byClass().Decode(sym, p.data, f.scaleClasses(b.first, b.n, s))
 	default:
-		return p.sym.fill(sym, s)
+		carry, err = decodeSymbols(sym, p.data, f.decoder(i, group), s)
 	}
 	if err != nil {
 		return corrupt("%s", err)
 	}
-	return p.sym.patch(sym, &carry, s)
+	return p.patch(sym, &carry, s)
 }
 
 // decodeSymbols decodes a stream of one table.
@@ -686,12 +645,12 @@ func (f *Format) decodeDiff(dst, body, base []byte, s *Scratch) ([]byte, error) 
 	sym, words, from := room(&s.sym, n), room(&s.words, n), room(&s.base, n)
 	planes.Load(from, base, f.word, 0)
 	var p plane
-	body, err := p.cut(body, n, 7, alone, len(f.sym[0].tables) > 0)
+	body, err := p.cut(body, n, 7, len(f.sym[0].tables) > 0)
 	if err != nil {
 		return nil, err
 	}
 	if p.kind == planeRANS {
-		carry, err := rans.DecodeClasses(sym, p.data, f.sym[0].expand(rans.Symbols), f.baseClasses(from, s), nil)
+		carry, err := f.sym[0].byClass().Decode(sym, p.data, f.baseClasses(from, s))
 		if err != nil {
 			return nil, corrupt("%s", err)
 		}

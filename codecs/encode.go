@@ -121,7 +121,7 @@ func (e *Encoding) AppendGroup(dst []byte, g int, s *Scratch) ([]byte, Index, er
 	}
 	start := len(dst)
 	var ends [GroupBlocks]int
-	dst = e.encodeGroup(dst, &ends, g, raw, base, e.plans, e.whole, e.level, s)
+	dst = e.encodeGroup(dst, &ends, g*GroupBlocks, raw, base, e.plans, e.whole, e.level, s)
 	blocks := ends[:min(GroupBlocks, e.blocks()-g*GroupBlocks)]
 	for k := range blocks {
 		blocks[k] -= start
@@ -458,7 +458,7 @@ func (e *Encoding) analyseFields(exp uint) error {
 		}
 		field, alphabet = e.chooseField(exp, upper, all)
 	}
-	e.fields, e.sym, e.mant, e.plans, e.bits = nil, nil, nil, nil, 0
+	e.fields, e.sym, e.plans, e.bits = nil, nil, nil, 0
 	e.addField(field, topSets(field), alphabet)
 	for i := lowBytes - 1; i >= 0; i-- {
 		low := make([][]uint64, len(sets))
@@ -473,18 +473,7 @@ func (e *Encoding) analyseFields(exp uint) error {
 	if err := e.sample(); err != nil || e.tensor.Mode != Storage || exp == 0 {
 		return err
 	}
-	with := *e
-	with.fields, with.sym, with.mant, with.plans = slices.Clone(e.fields), slices.Clone(e.sym), slices.Clone(e.mant), slices.Clone(e.plans)
-	if err := with.codeMantissa(exp, topSets, alphabet); err != nil || with.mant[0] == nil {
-		return err
-	}
-	if err := with.sample(); err != nil {
-		return err
-	}
-	if with.size() < e.size() {
-		*e = with
-	}
-	return nil
+	return e.tryScales(exp, upper, sets, topSets(field), alphabet)
 }
 
 // size estimates the payload from the sample blocks.
@@ -549,7 +538,6 @@ func (e *Encoding) addField(f planes.Field, sets [][]uint64, alphabet int) {
 	}
 	e.fields = append(e.fields, f)
 	e.sym = append(e.sym, &tableSet{tables: tables, choice: make([]uint8, e.groups())})
-	e.mant = append(e.mant, nil)
 	e.plans = append(e.plans, p)
 	e.bits += cost + e.words*uint64(f.Rest)*rans.LogOne
 }
@@ -656,91 +644,6 @@ func entropy(counts []uint64) (cost uint64, any bool) {
 	return cost + total*rans.Log2(total) - logs, total > 0
 }
 
-// codeMantissa codes the mantissa bits below the symbol too, given the exponent, where that pays: below the symbol that
-// was chosen, or a shorter one.
-func (e *Encoding) codeMantissa(exp uint, sets func(planes.Field) [][]uint64, alphabet int) error {
-	chosen := e.fields[0]
-	_, _, alone := cluster(sets(chosen), alphabet)
-	alone += e.words * uint64(chosen.Rest) * rans.LogOne
-	best := alone - alone/1024 // below that the estimate is not to be trusted
-	least := uint8(exp)
-	if !chosen.Rotate {
-		least++
-	}
-	for f := chosen; f.Sym >= least; f.Sym, f.Rest = f.Sym-1, f.Rest+1 {
-		if f.Rest > planes.MaxRest+6 {
-			break
-		}
-		c, mant, cost, err := e.tryMantissa(f, sets, alphabet)
-		if err != nil {
-			return err
-		}
-		if c != nil && cost < best {
-			best = cost
-			tables, _, _ := cluster(sets(f), alphabet)
-			e.fields[0], e.mant[0] = *c, mant
-			e.sym[0] = &tableSet{tables: tables, choice: make([]uint8, e.groups())}
-			e.plans[0] = plan{rans: true}
-		}
-	}
-	if e.mant[0] != nil {
-		e.bits -= min(e.bits, alone-best)
-	}
-	return nil
-}
-
-// tryMantissa is what codeMantissa would make of one field, and what that would take. It is nil where nothing is there
-// to code.
-func (e *Encoding) tryMantissa(f planes.Field, sets func(planes.Field) [][]uint64, alphabet int) (*planes.Field, *tableSet, uint64, error) {
-	m := f.Rest
-	if f.Rotate {
-		m-- // the sign stays raw
-	}
-	split := f
-	split.Mant = min(m, 6)
-	split.Rest -= split.Mant
-	if m < 1 || split.Rest > planes.MaxRest {
-		return nil, nil, 0, nil
-	}
-	size := 1 << split.Mant
-	all := make([]uint64, classCount*size)
-	var mu sync.Mutex
-	err := e.tensor.Run(e.groups(), func(g int, s *Scratch) error {
-		counts := make([]uint32, len(all))
-		for b := g * GroupBlocks; b < min((g+1)*GroupBlocks, e.blocks()); b++ {
-			words, err := e.load(b, s)
-			if err != nil {
-				return err
-			}
-			sym, mant := room(&s.sym, len(words)), room(&s.mant, len(words))
-			split.Split(sym, mant, room(&s.rest, len(words)), words)
-			shift := classShift(split.Sym)
-			for i, v := range sym {
-				counts[int(v>>shift)*size+int(mant[i])]++
-			}
-		}
-		addCounts(&mu, all, counts)
-		return nil
-	})
-	if err != nil {
-		return nil, nil, 0, err
-	}
-	byClass := make([][]uint64, classCount)
-	for i := range byClass {
-		byClass[i] = all[i*size : (i+1)*size]
-	}
-	tables, of, cost := cluster(byClass, rans.AliasSymbols)
-	if len(tables) == 0 {
-		return nil, nil, 0, nil
-	}
-	symTables, _, symCost := cluster(sets(f), alphabet)
-	if len(symTables) == 0 {
-		return nil, nil, 0, nil
-	}
-	cost += symCost + (classCount*4+uint64(e.blocks())*planeHead*8+e.words*uint64(split.Rest))*rans.LogOne
-	return &split, &tableSet{tables: tables, classes: (*[classCount]uint8)(of)}, cost, nil
-}
-
 // addCounts adds what one goroutine counted.
 func addCounts(mu *sync.Mutex, all []uint64, counts []uint32) {
 	mu.Lock()
@@ -761,7 +664,8 @@ func (e *Encoding) sampleBlocks() []int {
 	return out
 }
 
-// sample encodes a few blocks to see where zstd beats the coder, and how large they become.
+// sample encodes a few blocks to see where zstd beats the coder, and how large they become. Scales are tried where it does
+// not, and it is not asked again.
 func (e *Encoding) sample() error {
 	e.sampled = 0
 	blocks := e.sampleBlocks()
@@ -779,12 +683,12 @@ func (e *Encoding) sample() error {
 			return err
 		}
 		var end [GroupBlocks]int
-		s.encode.trial = e.encodeGroup(s.encode.trial[:0], &end, b/GroupBlocks, raw, nil, e.plans, false, trialLevel, s)
+		s.encode.trial = e.encodeGroup(s.encode.trial[:0], &end, b, raw, nil, e.plans, false, trialLevel, s)
 		without, n := end[0], len(raw)/e.word
 		var one [maxFields][2]int
 		gain := 0
 		for i, f := range e.fields {
-			if f.Sym > 8 || f.Rest > 0 || f.Mant > 0 {
+			if f.Sym > 8 || f.Rest > 0 || e.scales != nil {
 				continue
 			}
 			l := &s.encode.one[0]
@@ -796,7 +700,7 @@ func (e *Encoding) sample() error {
 				planes.Load(words, raw, e.word, 0)
 				e.apply(words)
 				l.sym = room(&s.sym, n)
-				f.Split(l.sym, nil, nil, words)
+				f.Split(l.sym, nil, words)
 			}
 			one[i] = l.trial(e.coders(i, b/GroupBlocks, e.plans), s)
 			s.encode.trial, l.block = l.block, nil
@@ -804,8 +708,8 @@ func (e *Encoding) sample() error {
 		}
 		// Most weights are noise to zstd: in a large tensor the beginning of the block says so.
 		whole := blockHead + len(raw)
-		promising := true
-		if e.blocks() >= 16 {
+		promising := e.scales == nil
+		if promising && e.blocks() >= 16 {
 			part := raw[:min(len(raw), 1<<15)]
 			s.stream = zstdEncode(s.stream[:0], part, trialLevel)
 			promising = len(s.stream)*len(raw) < (without-gain)*len(part)*11/10
@@ -829,8 +733,10 @@ func (e *Encoding) sample() error {
 	if err != nil {
 		return err
 	}
-	for i := range e.plans {
-		e.plans[i].zstd = sizes[i][1]*100 < sizes[i][0]*99
+	if e.scales == nil {
+		for i := range e.plans {
+			e.plans[i].zstd = sizes[i][1]*100 < sizes[i][0]*99
+		}
 	}
 	// Decoding zstd is several times slower than the coder, so it must earn its place.
 	e.whole = wholeSize*100 < planeSize*98
@@ -935,7 +841,7 @@ func NewDelta(t *Tensor) (*Encoding, error) {
 	}
 	tables, of, cost := cluster(sets, rans.AliasSymbols)
 	e.bits += cost + (classCount*4+uint64(e.blocks())*rans.StateBytes*8)*rans.LogOne
-	e.sym, e.mant = []*tableSet{{tables: tables, classes: (*[classCount]uint8)(of)}}, []*tableSet{nil}
+	e.sym = []*tableSet{{tables: tables, classes: (*[classCount]uint8)(of)}}
 	if e.bits >= alone.bits {
 		return alone, nil
 	}

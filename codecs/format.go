@@ -23,7 +23,8 @@ const (
 	fixedHead   = 24
 	fieldHead   = 8
 	indexEntry  = 12
-	classCount  = 256 // entries of a class map
+	classCount  = 256            // entries of a class map
+	mostZstd    = 8 * BlockWords // bytes of a frame's content
 	// Align is what payloads are padded to.
 	Align = 64
 )
@@ -40,7 +41,7 @@ const (
 	endTransform
 )
 
-// A tableSet is the frequency tables for one string of symbols, chosen by group (classes nil) or by class of each symbol.
+// A tableSet is the frequency tables for the symbols of a field, chosen by group (classes nil) or by class of each symbol.
 type tableSet struct {
 	tables  []*rans.Table
 	classes *[classCount]uint8
@@ -48,11 +49,12 @@ type tableSet struct {
 
 	once     sync.Once
 	decoders []*rans.Decoder
+	set      *rans.Set // where classes is not nil
 	mu       sync.Mutex
 	encoders []*rans.Encoder
 }
 
-// expand prepares the tables for decoding to elements, the same at every call.
+// expand prepares tables chosen by group for decoding to elements, the same at every call.
 func (m *tableSet) expand(e rans.Element) []*rans.Decoder {
 	m.once.Do(func() {
 		m.decoders = make([]*rans.Decoder, len(m.tables))
@@ -63,18 +65,24 @@ func (m *tableSet) expand(e rans.Element) []*rans.Decoder {
 	return m.decoders
 }
 
+// byClass prepares tables chosen by class.
+func (m *tableSet) byClass() *rans.Set {
+	m.once.Do(func() { m.set = rans.NewSet(m.tables) })
+	return m.set
+}
+
 // Format is what the head of a payload says: how its blocks are to be read.
 type Format struct {
 	transform Transform
 	shift     uint8
 	word      int // bytes of a word in the source
 	words     uint64
-	param     uint32 // RowDelta: words of a row
+	param     uint32 // words of a row: of RowDelta, or of scales
 	float     bool   // BaseDiff: words are floats, with the sign on top
 	fields    []planes.Field
 	palette   []uint64
 	sym       []*tableSet // one a field; BaseDiff has one without a field
-	mant      []*tableSet // one a field, nil where the field has no mant part
+	scales    *scales     // choose the tables of the first field, or nil
 }
 
 // width is the number of bits of a word once it is transformed.
@@ -101,13 +109,14 @@ func (f *Format) symBits(i int) uint {
 	return uint(f.fields[i].Sym)
 }
 
-// classShift turns a symbol of a field into an index of a class map.
-func classShift(symBits uint8) uint8 { return symBits - min(symBits, 8) }
-
 // appendHead appends the head: everything but the blocks, their index included.
 func (f *Format) appendHead(dst []byte, index []indexItem) []byte {
 	start := len(dst)
-	dst = append(dst, uint8(f.transform), f.shift, uint8(f.word), uint8(len(f.fields)), BlockLog, uint8(len(f.palette)), 0, 0)
+	scaled := uint8(0)
+	if f.scales != nil {
+		scaled = 1
+	}
+	dst = append(dst, uint8(f.transform), f.shift, uint8(f.word), uint8(len(f.fields)), BlockLog, uint8(len(f.palette)), scaled, 0)
 	dst = binary.LittleEndian.AppendUint64(dst, f.words)
 	dst = binary.LittleEndian.AppendUint32(dst, f.param)
 	dst = binary.LittleEndian.AppendUint32(dst, 0) // length of all that follows up to the index, below
@@ -116,23 +125,19 @@ func (f *Format) appendHead(dst []byte, index []indexItem) []byte {
 		if x.Rotate {
 			rotate = 1
 		}
-		nMant := 0
-		if f.mant[i] != nil {
-			nMant = len(f.mant[i].tables)
-		}
-		dst = append(dst, x.Shift, x.Sym, x.Mant, x.Rest, rotate, uint8(len(f.sym[i].tables)), uint8(nMant), 0)
+		dst = append(dst, x.Shift, x.Sym, x.Rest, rotate, uint8(len(f.sym[i].tables)), 0, 0, 0)
 	}
 	if f.transform == BaseDiff {
-		dst = append(dst, 0, 0, 0, 0, 0, uint8(len(f.sym[0].tables)), 0, 0)
+		dst = append(dst, 0, 0, 0, 0, uint8(len(f.sym[0].tables)), 0, 0, 0)
 	}
 	for _, p := range f.palette {
 		dst = append(dst, binary.LittleEndian.AppendUint64(nil, p)[:f.word]...)
 	}
-	for i, m := range f.sym {
+	for _, m := range f.sym {
 		dst = m.append(dst)
-		if f.mant[i] != nil {
-			dst = f.mant[i].append(dst)
-		}
+	}
+	if f.scales != nil {
+		dst = f.scales.append(dst)
 	}
 	dst = pad(dst, start, 4)
 	binary.LittleEndian.PutUint32(dst[start+20:], uint32(len(dst)-start-fixedHead))
@@ -219,7 +224,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		return nil, errorf(Unsupported, "transform %d is unknown", f.transform)
 	case head[4] != BlockLog:
 		return nil, errorf(Unsupported, "blocks of 2^%d words are unknown", head[4])
-	case head[6] != 0 || head[7] != 0:
+	case head[6] > 1 || head[7] != 0:
 		return nil, corrupt("reserved bytes of the head are not zero")
 	case f.word != dtypes[d].word:
 		return nil, corrupt("words of %d bytes for dtype %s", f.word, d)
@@ -229,7 +234,9 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		return nil, corrupt("%d fields", nFields)
 	case (f.transform == Palette) != (nPalette > 0), nPalette > maxPalette:
 		return nil, corrupt("palette of %d words", nPalette)
-	case (f.transform == RowDelta) != (f.param > 0):
+	case head[6] > 0 && (nFields == 0 || f.transform != Plain && f.transform != Half):
+		return nil, corrupt("scales of %d fields with transform %d", nFields, f.transform)
+	case (f.transform == RowDelta || head[6] > 0) != (f.param > 0):
 		return nil, corrupt("rows of %d words", f.param)
 	case f.transform == Half && f.word != 4:
 		return nil, corrupt("narrowed words of %d bytes", f.word)
@@ -241,7 +248,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 		return nil, corrupt("index at a byte that is no multiple of 4")
 	}
 	body := head[fixedHead : fixedHead+int(binary.LittleEndian.Uint32(head[20:]))]
-	if err := f.parseBody(body, nFields, nPalette); err != nil {
+	if err := f.parseBody(body, nFields, nPalette, head[6] > 0); err != nil {
 		return nil, err
 	}
 	index := head[fixedHead+len(body):]
@@ -270,7 +277,7 @@ func ParseHead(head []byte, checksum uint64, d DType, rawBytes, payloadLen int64
 	return p, nil
 }
 
-func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
+func (f *Format) parseBody(body []byte, nFields, nPalette int, scaled bool) error {
 	nSets := nFields
 	if f.transform == BaseDiff {
 		nSets = 1
@@ -282,9 +289,9 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 	covered := uint64(0)
 	for i := range nFields {
 		h := heads[fieldHead*i:]
-		x := planes.Field{Shift: h[0], Sym: h[1], Mant: h[2], Rest: h[3], Rotate: h[4] == 1}
-		if x.Sym == 0 || x.Sym > planes.MaxSym || x.Mant > planes.MaxMant || x.Rest > planes.MaxRest || x.Bits() > planes.MaxBits ||
-			uint(x.Shift)+x.Bits() > f.width() || h[4] > 1 || x.Rotate && x.Rest == 0 || h[7] != 0 {
+		x := planes.Field{Shift: h[0], Sym: h[1], Rest: h[2], Rotate: h[3] == 1}
+		if x.Sym == 0 || x.Sym > planes.MaxSym || x.Rest > planes.MaxRest || x.Bits() > planes.MaxBits ||
+			uint(x.Shift)+x.Bits() > f.width() || h[3] > 1 || x.Rotate && x.Rest == 0 {
 			return corrupt("field %d is impossible", i)
 		}
 		run := (uint64(1)<<x.Bits() - 1) << x.Shift
@@ -309,27 +316,21 @@ func (f *Format) parseBody(body []byte, nFields, nPalette int) error {
 	}
 	for i := range nSets {
 		h := heads[fieldHead*i:]
+		if f.transform == BaseDiff && h[0]|h[1]|h[2]|h[3] != 0 || h[5]|h[6]|h[7] != 0 {
+			return corrupt("reserved bytes of the head are not zero")
+		}
 		var err error
 		var m *tableSet
-		// Bit lengths are chosen by class of the base's word, everything else by group.
-		if m, rest, err = f.parseTables(rest, int(h[5]), f.symBits(i), f.transform == BaseDiff); err != nil {
+		// Bit lengths are chosen by class of the base's word, or symbols by scale; everything else by group.
+		if m, rest, err = f.parseTables(rest, int(h[4]), f.symBits(i), f.transform == BaseDiff || scaled && i == 0); err != nil {
 			return err
 		}
-		f.sym, f.mant = append(f.sym, m), append(f.mant, nil)
-		if f.transform == BaseDiff {
-			if h[0]|h[1]|h[2]|h[3]|h[4]|h[6]|h[7] != 0 {
-				return corrupt("reserved bytes of the head are not zero")
-			}
-			continue
-		}
-		if (f.fields[i].Mant > 0) != (h[6] > 0) {
-			return corrupt("field %d has %d mantissa bits and %d tables for them", i, f.fields[i].Mant, h[6])
-		}
-		if h[6] > 0 {
-			if m, rest, err = f.parseTables(rest, int(h[6]), uint(f.fields[i].Mant), true); err != nil {
-				return err
-			}
-			f.mant[i] = m
+		f.sym = append(f.sym, m)
+	}
+	if scaled {
+		var err error
+		if f.scales, rest, err = parseScales(rest, f.words, f.param); err != nil {
+			return err
 		}
 	}
 	if len(rest) >= 4 {
@@ -352,9 +353,6 @@ func (f *Format) parseTables(src []byte, n int, symBits uint, byClass bool) (*ta
 		t, rest, err := rans.ParseTable(src, symBits)
 		if err != nil {
 			return nil, nil, corrupt("%s", err)
-		}
-		if byClass && len(t.Value) > rans.AliasSymbols {
-			return nil, nil, corrupt("table of %d symbols by class", len(t.Value))
 		}
 		m.tables, src = append(m.tables, t), rest
 	}

@@ -73,6 +73,15 @@ func FuzzPayload(f *testing.F) {
 			f.Add(payload, uint8(d), uint16(len(raw)))
 		}
 	}
+	for _, d := range []DType{BF16, F32, F8E5M2} {
+		raw := scaled(rand.New(rand.NewPCG(9, 10)), d, 96, 96, true)
+		e, err := NewEncoding(tensorOf(d, raw, Storage, 96, 96))
+		require.NoError(f, err)
+		require.NotNil(f, e.scales)
+		payload, _, err := encodeAll(e)
+		require.NoError(f, err)
+		f.Add(payload, uint8(d), uint16(len(raw)))
+	}
 	f.Fuzz(func(t *testing.T, payload []byte, d uint8, rawLen uint16) {
 		if !DType(d).Valid() || len(payload) < HeadFixed {
 			return

@@ -13,12 +13,7 @@ func (f *Format) OnDevice() bool {
 	if n == 0 || n > gpu.MaxFields || f.word > 4 || n > 1 && (f.word < 4 || f.transform == Half) {
 		return false
 	}
-	for _, x := range f.fields {
-		if x.Mant > 0 {
-			return false
-		}
-	}
-	return f.transform == Plain || f.transform == Half
+	return f.scales == nil && (f.transform == Plain || f.transform == Half)
 }
 
 // WordBytes is the size of a word of the source.
@@ -140,7 +135,7 @@ func (g *Program) Describe(number int, src []byte) (onDevice bool, err error) {
 	}
 	for i := range p.fields {
 		switch kind := b.fields[i].sym.kind; {
-		case kind == planeZstd || kind == planePaired:
+		case kind == planeZstd:
 			return false, nil
 		case kind == planeRANS && i > 0 && g.segmentsLog > 0:
 			return false, nil // restart points are those of one stream

@@ -18,14 +18,15 @@ type zstdPool struct {
 }
 
 var zstdPools = map[zstd.EncoderLevel]*zstdPool{
-	zstd.SpeedDefault: newZstdPool(zstd.SpeedDefault, 16), zstd.SpeedBestCompression: newZstdPool(zstd.SpeedBestCompression, 4),
+	zstd.SpeedFastest: newZstdPool(zstd.SpeedFastest, 16), zstd.SpeedDefault: newZstdPool(zstd.SpeedDefault, 16),
+	zstd.SpeedBestCompression: newZstdPool(zstd.SpeedBestCompression, 4),
 }
 
 func newZstdPool(level zstd.EncoderLevel, n int) *zstdPool {
 	p := &zstdPool{make(chan *zstd.Encoder, n)}
 	for range n { // what they need they allocate at first use
 		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithEncoderCRC(false),
-			zstd.WithWindowSize(BlockWords*8), zstd.WithLowerEncoderMem(true))
+			zstd.WithWindowSize(mostZstd), zstd.WithLowerEncoderMem(true), zstd.WithAllLitEntropyCompression(level == numbersLevel))
 		if err != nil {
 			panic(err) // constant options
 		}
@@ -33,6 +34,9 @@ func newZstdPool(level zstd.EncoderLevel, n int) *zstdPool {
 	}
 	return p
 }
+
+// numbersLevel is for few numbers that seldom repeat: it looks for nothing but their frequencies, and does that always.
+const numbersLevel = zstd.SpeedFastest
 
 func zstdEncode(dst, src []byte, level zstd.EncoderLevel) []byte {
 	p := zstdPools[level]
@@ -53,6 +57,8 @@ type encodeScratch struct {
 	trial     []byte
 	compact   []byte
 	counts    hist
+	byScale   []uint32
+	sums      [2][]uint64
 	values    []uint16
 	weights   []uint32
 	lanes     [GroupBlocks]lane
@@ -68,11 +74,12 @@ type lane struct {
 	block   []byte
 }
 
-// encodeGroup appends consecutive blocks of the words in raw, all of group g of the payload, and says where each ends. It
+// encodeGroup appends consecutive blocks of the words in raw, from block first on, all of one group, and says where each
+// ends. It
 // keeps the smallest of the ways that the format and the plans allow.
-func (f *Format) encodeGroup(dst []byte, ends *[GroupBlocks]int, g int, raw, base []byte, plans []plan, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
+func (f *Format) encodeGroup(dst []byte, ends *[GroupBlocks]int, first int, raw, base []byte, plans []plan, whole bool, level zstd.EncoderLevel, s *Scratch) []byte {
 	var raws [GroupBlocks][]byte
-	n := f.divide(&raws, raw)
+	n, g := f.divide(&raws, raw), first/GroupBlocks
 	lanes := s.encode.lanes[:n]
 	for i := range lanes {
 		l := &lanes[i]
@@ -100,7 +107,7 @@ func (f *Format) encodeGroup(dst []byte, ends *[GroupBlocks]int, g int, raw, bas
 			if f.transform == BaseDiff {
 				l.block = f.encodeDiff(l.block, raws[k], bases[k], s)
 			} else {
-				l.block = f.encodeWords(l.block, g, raws[k], plans, level, s)
+				l.block = f.encodeWords(l.block, g, uint64(first+k)*BlockWords, raws[k], plans, level, s)
 			}
 		}
 	}
@@ -123,29 +130,23 @@ func (f *Format) divide(blocks *[GroupBlocks][]byte, raw []byte) (n int) {
 }
 
 // sideBySide says that all parts can be cut straight out of the source's words, those of many blocks at once.
-func (f *Format) sideBySide() bool {
-	for _, m := range f.mant {
-		if m != nil {
-			return false
-		}
-	}
-	return f.transform == Plain
-}
+func (f *Format) sideBySide() bool { return f.transform == Plain && f.scales == nil }
 
-// encodeWords appends a block whose words have to be transformed first, or whose mantissas are coded.
-func (f *Format) encodeWords(dst []byte, g int, raw []byte, plans []plan, level zstd.EncoderLevel, s *Scratch) []byte {
+// encodeWords appends a block, its first word number first, whose words have to be transformed first, or whose tables are
+// chosen by scale.
+func (f *Format) encodeWords(dst []byte, g int, first uint64, raw []byte, plans []plan, level zstd.EncoderLevel, s *Scratch) []byte {
 	n := len(raw) / f.word
 	words := room(&s.words, n)
 	planes.Load(words, raw, f.word, 0)
 	f.apply(words)
-	sym, mant, rest := room(&s.sym, n), room(&s.mant, n), room(&s.rest, n)
+	sym, rest := room(&s.sym, n), room(&s.rest, n)
 	for i, x := range f.fields {
-		x.Split(sym, mant, rest, words)
-		if x.Mant > 0 {
-			dst = f.encodePair(dst, i, sym, mant, f.coders(i, g, plans), level, s)
-		} else {
-			dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, g, plans), nil, plans[i].zstd, level, s)
+		x.Split(sym, rest, words)
+		var classes []uint8
+		if i == 0 && f.scales != nil {
+			classes = f.scaleClasses(first, n, s)
 		}
+		dst = encodeSymbols(dst, sym, uint(x.Sym), f.coders(i, g, plans), classes, plans[i].zstd, level, s)
 		if x.Rest > 0 {
 			dst = pad(planes.Pack(dst, rest, x.Rest), 0, 4)
 		}
@@ -181,7 +182,11 @@ func (f *Format) coders(i, group int, plans []plan) []*rans.Encoder {
 	if !plans[i].rans || len(m.tables) == 0 {
 		return nil
 	}
-	return m.encode(uint(f.fields[i].Sym))[m.choice[group]:]
+	encoders := m.encode(uint(f.fields[i].Sym))
+	if m.classes != nil {
+		return encoders
+	}
+	return encoders[m.choice[group]:]
 }
 
 // encode prepares the tables for encoding values of symBits.
@@ -254,7 +259,7 @@ func encodePlanes(lanes []lane, tables []*rans.Encoder, classes []uint8, tryZstd
 			streams[n] = &l.stream
 			n++
 		} else {
-			l.stream.Coded = rans.Encode(l.stream.Coded, l.stream.Symbols, tables, classes, nil, &l.stream.Carry, l.stream.Scratch)
+			l.stream.Coded = rans.EncodeSet(l.stream.Coded, l.stream.Symbols, tables, classes, &l.stream.Carry, l.stream.Scratch)
 		}
 	}
 	if n > 0 {
@@ -430,37 +435,6 @@ func appendPatches(dst []byte, patches []rans.Patch, first int) []byte {
 		dst = binary.LittleEndian.AppendUint16(dst, patchWord(patches, i))
 	}
 	return dst
-}
-
-// encodePair appends the symbol plane and the mantissa plane of a field, in one stream where the symbols are coded.
-func (f *Format) encodePair(dst []byte, i int, sym, mant []uint16, tables []*rans.Encoder, level zstd.EncoderLevel, s *Scratch) []byte {
-	x, m, n, start := f.fields[i], f.mant[i], len(sym), len(dst)
-	// Alone: the mantissas as they are. It bounds what the pair may take, and serves where symbols are constant.
-	dst = encodeSymbols(dst, sym, uint(x.Sym), tables, nil, false, level, s)
-	dst = encodeSymbols(dst, mant, uint(x.Mant), nil, nil, false, level, s)
-	if tables == nil || dst[start] != planeRANS {
-		return dst
-	}
-	first, classes, shift := make([]uint8, n), room(&s.classes, n), classShift(x.Sym)
-	patches := tables[0].Map(first, sym, nil)
-	for k, v := range sym {
-		classes[k] = m.classes[v>>shift]
-	}
-	for _, p := range patches { // a decoder sees the stand-in when it looks up the class
-		classes[p.At] = m.classes[tables[0].Common()>>shift]
-	}
-	second, mants := make([]uint8, n), m.encode(uint(x.Mant))
-	also := mapClasses(second, mant, mants, classes, nil)
-	carry := carried(patches)
-	coded := rans.Encode(nil, first, tables, nil, &rans.Pair{Symbols: second, Tables: mants, Classes: classes}, &carry, nil)
-	if len(coded)+4*len(also)+2*planeHead+4 >= len(dst)-start || len(patches)+len(also) > n/4 {
-		return dst
-	}
-	dst = planeHeader(dst[:start], planePaired, len(patches), (len(coded)-rans.StateBytes)/2)
-	dst = pad(append(dst, coded...), start, 4)
-	dst = pad(appendPatches(dst, patches, rans.Lanes), start, 4)
-	dst = planeHeader(dst, planePaired, len(also), 0)
-	return appendPatches(dst, also, 0)
 }
 
 func planeHeader(dst []byte, kind uint8, patches, size int) []byte {

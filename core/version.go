@@ -4,4 +4,4 @@ package core
 const Version = "0.1.0"
 
 // Draft is the state of the file format until 1.0; a reader refuses any other. See FORMAT.md for its history.
-const Draft = 2
+const Draft = 3

@@ -33,13 +33,14 @@ fi
 rm -rf "$rootfs/site" "$rootfs/repository"
 "${PYTHON:-python3}" -m pip install -q --target "$rootfs/site" --python-version 311 --only-binary=:all: \
 	--platform manylinux_2_17_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
-	pytest xxhash zstandard "$wheel"
+	huggingface_hub pytest xxhash zstandard "$wheel"
 mkdir "$rootfs/repository"
 # Without python/: what runs is the wheel.
 (cd "$repository" && git ls-files | grep -v '^python/bigsmall/' | tar -cf - -T -) | tar -xf - -C "$rootfs/repository"
 mountpoint -q "$rootfs/proc" || mount -t proc proc "$rootfs/proc"
-mountpoint -q "$rootfs/dev" || mount --bind /dev "$rootfs/dev"
-trap 'umount "$rootfs/dev" "$rootfs/proc"' EXIT
-[ $# -gt 0 ] || set -- -q tests/py
+mountpoint -q "$rootfs/dev" || mount --rbind /dev "$rootfs/dev"
+trap 'umount -l "$rootfs/dev" "$rootfs/proc"' EXIT
+# There is no torch in it. test_lifetime.py measures memory, of which QEMU takes its own.
+[ $# -gt 0 ] || set -- -q tests/py --ignore=tests/py/test_lifetime.py
 chroot "$rootfs" env -i PATH=/usr/bin:/bin HOME=/root LANG=C.UTF-8 PYTHONPATH=/site \
 	sh -c 'cd /repository && exec python3 -m pytest -p no:cacheprovider "$@"' sh "$@"

@@ -1,12 +1,12 @@
 // Package planes cuts machine words into bit fields and puts them together again: the reversible part of every codec.
 //
 // A word of W bits (8, 16, 32 or 64, the zero low bits already shifted out) is a row of fields, each a contiguous run of
-// bits. From the top of its run a field has sym bits that go to the entropy coder, mant bits that may go to it too, and
-// rest bits that are packed as they are:
+// bits. From the top of its run a field has sym bits that go to the entropy coder and rest bits that are packed as they
+// are:
 //
-//	W-1                                            0
-//	| .... | sym ...... | mant ... | rest ... | .... |
-//	                                          ^ shift
+//	W-1                                 0
+//	| .... | sym ...... | rest ... | .... |
+//	                               ^ shift
 //
 // With rotate, the run is first rotated left by one bit, so that the sign of a float, its top bit, becomes the lowest bit
 // of rest and sym begins with the exponent.
@@ -16,17 +16,16 @@ import "encoding/binary"
 
 // Field is one bit field of a word.
 type Field struct {
-	Shift, Sym, Mant, Rest uint8
-	Rotate                 bool
+	Shift, Sym, Rest uint8
+	Rotate           bool
 }
 
 // Bits is the width of the field.
-func (f Field) Bits() uint { return uint(f.Sym) + uint(f.Mant) + uint(f.Rest) }
+func (f Field) Bits() uint { return uint(f.Sym) + uint(f.Rest) }
 
-// MaxSym, MaxMant and MaxRest bound the parts of a field, MaxBits all of it.
+// MaxSym and MaxRest bound the parts of a field, MaxBits all of it.
 const (
 	MaxSym  = 12
-	MaxMant = 8
 	MaxRest = 15
 	MaxBits = 24
 )
@@ -81,15 +80,15 @@ func Store(dst []byte, src []uint64, size int, shift uint8) {
 	}
 }
 
-// Split takes the field out of the words: sym[i] and, where the field has the part, mant[i] and rest[i].
-func (f Field) Split(sym, mant, rest []uint16, words []uint64) {
+// Split takes the field out of the words: sym[i] and, where the field has one, rest[i].
+func (f Field) Split(sym, rest []uint16, words []uint64) {
 	b := f.Bits()
 	mask := uint32(1)<<b - 1
 	left, right := uint(0), uint(31) // v<<left | v>>right is the rotation; b is at most 24
 	if f.Rotate {
 		left, right = 1, b-1
 	}
-	shift, low, restMask, mantMask := uint(f.Shift), uint(f.Mant+f.Rest), uint16(1)<<f.Rest-1, uint16(1)<<f.Mant-1
+	shift, low, restMask := uint(f.Shift), uint(f.Rest), uint16(1)<<f.Rest-1
 	sym = sym[:len(words)]
 	if f.Rest == 0 { // nothing to write there
 		rest = sym
@@ -102,25 +101,14 @@ func (f Field) Split(sym, mant, rest []uint16, words []uint64) {
 		rest[i] = uint16(v) & restMask
 		sym[i] = uint16(v >> (low & 31))
 	}
-	if f.Mant > 0 {
-		mant = mant[:len(words)]
-		for i, w := range words {
-			v := uint32(w>>(shift&63)) & mask
-			v = (v<<(left&31) | v>>(right&31)) & mask
-			mant[i] = uint16(v>>f.Rest) & mantMask
-		}
-	}
 }
 
 // Join puts the parts of the field into the words, whose bits there are zero.
-func (f Field) Join(words []uint64, sym, mant, rest []uint16) {
+func (f Field) Join(words []uint64, sym, rest []uint16) {
 	b := f.Bits()
 	sym = sym[:len(words)]
 	for i := range words {
-		v := uint32(sym[i]) << (f.Mant + f.Rest)
-		if f.Mant > 0 {
-			v |= uint32(mant[i]) << f.Rest
-		}
+		v := uint32(sym[i]) << f.Rest
 		if f.Rest > 0 {
 			v |= uint32(rest[i])
 		}
@@ -192,7 +180,7 @@ func Unpack(values []uint16, src []byte, bits uint8) {
 	}
 }
 
-// JoinDirect is Join for a lone field without mant of words of one or two bytes, straight into dst: sym, the packed rest,
+// JoinDirect is Join for a lone field of words of one or two bytes, straight into dst: sym, the packed rest,
 // and shift zero bits below.
 func (f Field) JoinDirect(dst []byte, sym []uint16, packed []byte, size int, shift uint8) {
 	dst = dst[:size*len(sym)]

@@ -11,17 +11,17 @@ import (
 func TestSplitJoin(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for _, f := range []Field{
-		{0, 8, 0, 8, true}, {0, 9, 0, 7, true}, {0, 9, 6, 1, true}, {0, 10, 0, 6, false}, {16, 8, 0, 8, true},
-		{8, 9, 0, 15, true}, {0, 8, 0, 0, false}, {5, 1, 0, 0, false}, {0, 12, 8, 4, true}, {48, 12, 0, 4, true},
+		{0, 8, 8, true}, {0, 9, 7, true}, {0, 9, 1, true}, {0, 10, 6, false}, {16, 8, 8, true},
+		{8, 9, 15, true}, {0, 8, 0, false}, {5, 1, 0, false}, {0, 12, 12, true}, {48, 12, 4, true},
 	} {
 		words := make([]uint64, 100)
 		for i := range words {
 			words[i] = r.Uint64()
 		}
-		sym, mant, rest := make([]uint16, 100), make([]uint16, 100), make([]uint16, 100)
-		f.Split(sym, mant, rest, words)
+		sym, rest := make([]uint16, 100), make([]uint16, 100)
+		f.Split(sym, rest, words)
 		got := make([]uint64, 100)
-		f.Join(got, sym, mant, rest)
+		f.Join(got, sym, rest)
 		mask := (uint64(1)<<f.Bits() - 1) << f.Shift
 		for i := range words {
 			require.Equal(t, words[i]&mask, got[i], "%+v", f)
@@ -30,7 +30,7 @@ func TestSplitJoin(t *testing.T) {
 	}
 	// The sign becomes the lowest bit of rest, the exponent leads.
 	sym, rest := make([]uint16, 1), make([]uint16, 1)
-	Field{0, 8, 0, 8, true}.Split(sym, nil, rest, []uint64{0xbf81})
+	Field{0, 8, 8, true}.Split(sym, rest, []uint64{0xbf81})
 	require.Equal(t, []uint16{0x7f, 1<<1 | 1}, []uint16{sym[0], rest[0]})
 }
 
@@ -64,7 +64,7 @@ func TestJoinDirect(t *testing.T) {
 					if rotate && rest == 0 {
 						continue // never chosen: the sign would be part of the symbol
 					}
-					f := Field{0, width - rest, 0, rest, rotate}
+					f := Field{0, width - rest, rest, rotate}
 					for n := range 40 {
 						name := fmt.Sprintf("%+v, %d words of %d bytes, shift %d", f, n, size, shift)
 						words := make([]uint64, n)
@@ -72,7 +72,7 @@ func TestJoinDirect(t *testing.T) {
 							words[i] = r.Uint64() & (1<<width - 1)
 						}
 						sym, low := make([]uint16, n), make([]uint16, n)
-						f.Split(sym, nil, low, words)
+						f.Split(sym, low, words)
 						want, got := make([]byte, n*size), make([]byte, n*size)
 						Store(want, words, size, shift)
 						var packed []byte

@@ -12,7 +12,7 @@ type Cut struct {
 
 // SymCut is where the symbols of the field lie in words of size bytes with shift zero bits below.
 func (f Field) SymCut(size int, shift uint8) Cut {
-	at := shift + f.Shift + f.Mant + f.Rest
+	at := shift + f.Shift + f.Rest
 	if f.Rotate { // the sign leaves the top, and what is below moves up
 		at--
 	}

@@ -45,7 +45,7 @@ func TestCutIsSplit(t *testing.T) {
 					}
 					Load(words, src, size, shift)
 					wantSym, wantRest, got := make([]uint16, 50), make([]uint16, 50), make([]uint16, 50)
-					f.Split(wantSym, nil, wantRest, words)
+					f.Split(wantSym, wantRest, words)
 					f.SymCut(size, shift).Values(got, src)
 					require.Equal(t, wantSym, got, "%+v, %d bytes, shift %d", f, size, shift)
 					if rest > 0 {
@@ -133,10 +133,10 @@ func BenchmarkSplit(b *testing.B) {
 		name string
 		cut  Cut
 	}{
-		{"bf16", Field{0, 9, 0, 7, true}.RestCut(2, 0)},
-		{"fp16", Field{0, 7, 0, 9, true}.RestCut(2, 0)},
-		{"fp32", Field{16, 9, 0, 7, true}.RestCut(4, 0)},
-		{"fp8", Field{0, 6, 0, 2, true}.RestCut(1, 0)},
+		{"bf16", Field{0, 9, 7, true}.RestCut(2, 0)},
+		{"fp16", Field{0, 7, 9, true}.RestCut(2, 0)},
+		{"fp32", Field{16, 9, 7, true}.RestCut(4, 0)},
+		{"fp8", Field{0, 6, 2, true}.RestCut(1, 0)},
 	} {
 		src, dst := make([]byte, n*d.cut.Size), make([]byte, 0, 4*n)
 		for tier := cpu.Generic; tier <= cpu.Best(); tier++ {

@@ -20,7 +20,7 @@ var Symbols = Element{Size: 2}
 // Joins reports whether elements of a field can be made as its symbols are decoded.
 func (e Element) Joins() bool {
 	f := e.Field
-	return f.Mant == 0 && f.Bits()+uint(e.Shift) <= uint(8*e.Size) && (f.Rest == 0 || e.Shift == 0 && f.Bits() == uint(8*e.Size))
+	return f.Bits()+uint(e.Shift) <= uint(8*e.Size) && (f.Rest == 0 || e.Shift == 0 && f.Bits() == uint(8*e.Size))
 }
 
 // BatchStreams is how many streams a Batch decodes side by side.

@@ -82,7 +82,7 @@ func draw(r *rand.Rand, t *Table, e Element, n int, rarest bool) codedStream {
 	for i := range c.carry {
 		c.carry[i] = uint16(r.Uint32())
 	}
-	c.src = Encode(nil, syms, []*Encoder{NewEncoder(t, 16)}, nil, nil, &c.carry, nil)
+	c.src = encode(syms, NewEncoder(t, 16), c.carry)
 	if e.Field.Rest > 0 {
 		c.rest = planes.Pack(nil, rest, e.Field.Rest)
 	}
@@ -91,7 +91,7 @@ func draw(r *rand.Rand, t *Table, e Element, n int, rarest bool) codedStream {
 	if f.Rest == 0 {
 		f.Sym = 16
 	}
-	f.Join(words, values, nil, rest)
+	f.Join(words, values, rest)
 	c.want = make([]byte, n*e.Size)
 	planes.Store(c.want, words, e.Size, e.Shift)
 	return c
@@ -249,7 +249,6 @@ func TestJoins(t *testing.T) {
 	}
 	require.False(t, Element{planes.Field{Sym: 8, Rest: 7, Rotate: true}, 2, 0}.Joins())
 	require.False(t, Element{planes.Field{Sym: 8, Rest: 7, Rotate: true}, 2, 1}.Joins())
-	require.False(t, Element{planes.Field{Sym: 8, Mant: 2, Rest: 6}, 2, 0}.Joins())
 }
 
 // Bytes are those of the elements.

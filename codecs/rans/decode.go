@@ -135,80 +135,64 @@ func (l *lanes) one(lane int, t *slotTable) uint8 {
 	return uint8(e)
 }
 
-// PairOf is where the second string of symbols of a stream goes: value i is decoded with
-// Tables[Class[values[i]>>Shift]], values being those of the first.
-type PairOf struct {
-	Values []uint16
-	Tables []*Decoder
-	Class  *[256]uint8
-	Shift  uint8
+// Set are tables to choose from, symbol by symbol, ready to decode: at most MaxSet.
+type Set struct {
+	slots []slotTable
+	value [][MaxSymbols]uint32
 }
 
-// DecodeClasses fills values from the states and words in src, which must be exactly those of len(values) symbols: value i
-// with tables[classes[i]], of at most 16, or, where classes is nil, all with the first table; pair may be nil. It returns what the
-// encoder gave its lanes to carry. Where one table serves all, a Batch is faster.
-func DecodeClasses(values []uint16, src []byte, tables []*Decoder, classes []uint8, pair *PairOf) (carry [Lanes]uint16, err error) {
+// MaxSet is the most tables of a Set.
+const MaxSet = 16
+
+// NewSet prepares tables.
+func NewSet(tables []*Table) *Set {
+	s := &Set{make([]slotTable, len(tables)), make([][MaxSymbols]uint32, len(tables))}
+	for i, t := range tables {
+		s.slots[i].fill(t, &itself)
+		for k, v := range t.Value {
+			s.value[i][k] = uint32(v)
+		}
+	}
+	return s
+}
+
+// Decode fills values from the states and words in src, which must be exactly those of len(values) symbols: value i with
+// table classes[i]. It returns what the encoder gave its lanes to carry. src may be read, without any effect, up to its
+// capacity. Where one table serves all, a Batch is faster.
+func (s *Set) Decode(values []uint16, src []byte, classes []uint8) (carry [Lanes]uint16, err error) {
 	var l lanes
 	if err := l.open(src); err != nil {
 		return carry, err
 	}
-	var first, second tableSet
-	first.fill(tables)
-	if pair != nil {
-		second.fill(pair.Tables)
-	}
-	var which [Lanes]uint8
-	for i := 0; i < len(values) && !l.short; i += Lanes {
+	classes = classes[:len(values)]
+	for i := s.kernel(&l, values, classes); i < len(values) && !l.short; i += Lanes {
 		n := min(Lanes, len(values)-i)
-		if classes != nil {
-			copy(which[:], classes[i:i+n])
-		}
-		l.symbols(values[i:i+n], &first, &which)
-		if pair != nil {
-			var also [Lanes]uint8
-			for j, v := range values[i : i+n] {
-				also[j] = pair.Class[uint8(v>>pair.Shift)]
-			}
-			l.symbols(pair.Values[i:i+n], &second, &also)
-		}
+		l.symbols(values[i:i+n], s, classes[i:i+n])
 	}
 	return l.close()
 }
 
-// tableSet are tables to choose from, symbol by symbol.
-type tableSet [16]struct {
-	slots *slotTable
-	value *[MaxSymbols]uint16
-}
-
-func (s *tableSet) fill(tables []*Decoder) {
-	for i, d := range tables[:min(len(tables), len(s))] {
-		s[i].slots, s[i].value = d.entries(), &d.value
-	}
-}
-
 // symbols decodes at most a turn of symbols, symbol j with table which[j].
-func (l *lanes) symbols(values []uint16, s *tableSet, which *[Lanes]uint8) {
+func (l *lanes) symbols(values []uint16, s *Set, which []uint8) {
 	if len(values) == Lanes && len(l.words) >= 2*Lanes {
-		p := turnOf(&l.x, s, which, (*[2 * Lanes]byte)(l.words), (*[Lanes]uint16)(values))
+		p := turnOf(&l.x, s, (*[Lanes]uint8)(which), (*[2 * Lanes]byte)(l.words), (*[Lanes]uint16)(values))
 		l.words = l.words[2*p:]
 		return
 	}
 	for j := range values {
-		t := &s[which[j]]
-		values[j] = t.value[l.one(j, t.slots)]
+		k := which[j]
+		values[j] = uint16(s.value[k][l.one(j, &s.slots[k])])
 	}
 }
 
 // turnOf is turn with a table for each symbol.
 //
 //go:noinline
-func turnOf(x *[Lanes]uint32, s *tableSet, which *[Lanes]uint8, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
+func turnOf(x *[Lanes]uint32, s *Set, which *[Lanes]uint8, win *[2 * Lanes]byte, out *[Lanes]uint16) (p uint) {
 	for j := range Lanes {
-		t := &s[which[j]%16]
-		v := x[j]
-		e := t.slots[v%Slots]
-		out[j] = t.value[uint8(e)]
+		k, v := which[j], x[j]
+		e := s.slots[k][v%Slots]
+		out[j] = uint16(s.value[k][uint8(e)])
 		x[j], p = step(v, e, win, p)
 	}
 	return p

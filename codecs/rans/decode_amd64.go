@@ -383,3 +383,13 @@ func slotsWordsAnywhereRest1(a *byte)
 //
 //go:noescape
 func slotsWordsAnywhereRest2(a *byte)
+
+// setTurns512 decodes a.count turns of a stream, each symbol with the table that its class says.
+//
+//go:noescape
+func setTurns512(a *byte)
+
+// setTurns256 decodes a.count turns of a stream, each symbol with the table that its class says.
+//
+//go:noescape
+func setTurns256(a *byte)

@@ -19646,3 +19646,455 @@ turn:
 	VMOVDQU   Y2, 352(AX)
 	VZEROUPPER
 	RET
+
+// func setTurns512(a *byte)
+// Requires: AVX, AVX512F, POPCNT
+TEXT ·setTurns512(SB), NOSPLIT, $0-8
+	MOVQ         a+0(FP), AX
+	MOVQ         (AX), CX
+	MOVQ         8(AX), DX
+	MOVQ         16(AX), BX
+	MOVQ         24(AX), SI
+	MOVQ         32(AX), DI
+	MOVQ         40(AX), R8
+	VPBROADCASTD slotMask<>+0(SB), Z0
+	VPBROADCASTD codeMask<>+0(SB), Z1
+	VPBROADCASTD lower<>+0(SB), Z2
+	VMOVDQU32    48(AX), Z3
+	VMOVDQU32    112(AX), Z4
+
+turn:
+	// e := slots[class][x&4095]
+	VPMOVZXBD  (BX), Z6
+	VPSLLD     $0x0c, Z6, Z5
+	VPANDD     Z0, Z3, Z7
+	VPADDD     Z7, Z5, Z5
+	KXNORW     K1, K1, K1
+	VPXORD     Z7, Z7, Z7
+	VPGATHERDD (CX)(Z5*4), K1, Z7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Z3, Z3
+	VPSRLD  $0x14, Z7, Z5
+	VPMULLD Z5, Z3, Z3
+	VPSRLD  $0x08, Z7, Z5
+	VPANDD  Z0, Z5, Z5
+	VPADDD  Z5, Z3, Z3
+
+	// *dst = value[class][e&255]
+	VPSLLD     $0x08, Z6, Z6
+	VPANDD     Z1, Z7, Z7
+	VPADDD     Z6, Z7, Z7
+	KXNORW     K2, K2, K2
+	VPXORD     Z8, Z8, Z8
+	VPGATHERDD (DX)(Z7*4), K2, Z8
+	VPMOVDW    Z8, Y8
+	VMOVDQU    Y8, (DI)
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPUD     $0x01, Z2, Z3, K3
+	VPMOVZXWD   (SI), Z5
+	VPEXPANDD.Z Z5, K3, Z5
+	VPSLLD      $0x10, Z3, K3, Z3
+	VPORD       Z5, Z3, Z3
+	KMOVW       K3, AX
+	POPCNTL     AX, AX
+	LEAQ        (SI)(AX*2), SI
+
+	// e := slots[class][x&4095]
+	VPMOVZXBD  16(BX), Z6
+	VPSLLD     $0x0c, Z6, Z5
+	VPANDD     Z0, Z4, Z7
+	VPADDD     Z7, Z5, Z5
+	KXNORW     K4, K4, K4
+	VPXORD     Z7, Z7, Z7
+	VPGATHERDD (CX)(Z5*4), K4, Z7
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Z4, Z4
+	VPSRLD  $0x14, Z7, Z5
+	VPMULLD Z5, Z4, Z4
+	VPSRLD  $0x08, Z7, Z5
+	VPANDD  Z0, Z5, Z5
+	VPADDD  Z5, Z4, Z4
+
+	// *dst = value[class][e&255]
+	VPSLLD     $0x08, Z6, Z6
+	VPANDD     Z1, Z7, Z7
+	VPADDD     Z6, Z7, Z7
+	KXNORW     K5, K5, K5
+	VPXORD     Z9, Z9, Z9
+	VPGATHERDD (DX)(Z7*4), K5, Z9
+	VPMOVDW    Z9, Y9
+	VMOVDQU    Y9, 32(DI)
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPUD     $0x01, Z2, Z4, K3
+	VPMOVZXWD   (SI), Z5
+	VPEXPANDD.Z Z5, K3, Z5
+	VPSLLD      $0x10, Z4, K3, Z4
+	VPORD       Z5, Z4, Z4
+	KMOVW       K3, AX
+	POPCNTL     AX, AX
+	LEAQ        (SI)(AX*2), SI
+	ADDQ        $0x20, BX
+	ADDQ        $0x40, DI
+	DECQ        R8
+	JNZ         turn
+	MOVQ        a+0(FP), AX
+	MOVQ        SI, 24(AX)
+	VMOVDQU32   Z3, 48(AX)
+	VMOVDQU32   Z4, 112(AX)
+	VZEROUPPER
+	RET
+
+DATA slotMask<>+0(SB)/4, $0x00000fff
+GLOBL slotMask<>(SB), RODATA|NOPTR, $4
+
+DATA codeMask<>+0(SB)/4, $0x000000ff
+GLOBL codeMask<>(SB), RODATA|NOPTR, $4
+
+DATA lower<>+0(SB)/4, $0x00010000
+GLOBL lower<>(SB), RODATA|NOPTR, $4
+
+// func setTurns256(a *byte)
+// Requires: AVX, AVX2, POPCNT
+TEXT ·setTurns256(SB), NOSPLIT, $32-8
+	MOVQ     a+0(FP), AX
+	MOVQ     (AX), CX
+	MOVQ     8(AX), DX
+	MOVQ     16(AX), BX
+	MOVQ     24(AX), SI
+	MOVQ     32(AX), DI
+	MOVQ     40(AX), R8
+	LEAQ     wanted<>+0(SB), R9
+	VPCMPEQD Y0, Y0, Y0
+	VPSRLD   $0x14, Y0, Y0
+	VPXOR    Y1, Y1, Y1
+	VMOVDQU  48(AX), Y2
+	VMOVDQU  80(AX), Y3
+	VMOVDQU  112(AX), Y4
+	VMOVDQU  144(AX), Y5
+
+turn:
+	// e := slots[class][x&4095]
+	VPMOVZXBD   (BX), Y7
+	VPSLLD      $0x0c, Y7, Y6
+	VPAND       Y0, Y2, Y8
+	VPADDD      Y8, Y6, Y6
+	VMOVDQU     Y6, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X8, X8
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X8, X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X8, X8
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Y2, Y2
+	VPSRLD  $0x14, Y8, Y6
+	VPMULLD Y6, Y2, Y2
+	VPSRLD  $0x08, Y8, Y6
+	VPAND   Y0, Y6, Y6
+	VPADDD  Y6, Y2, Y2
+
+	// symbol := value[class][e&255]
+	VPSLLD      $0x18, Y8, Y8
+	VPSRLD      $0x18, Y8, Y8
+	VPSLLD      $0x08, Y7, Y7
+	VPADDD      Y7, Y8, Y8
+	VMOVDQU     Y8, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X9
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X9, X9
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X9, X9
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X9, X9
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y9, Y9
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y1, Y2, Y7
+	VMOVMSKPS Y7, AX
+	VPMOVZXBD (R9)(AX*8), Y6
+	VPMOVZXWD (SI), Y8
+	VPERMD    Y8, Y6, Y8
+	POPCNTL   AX, AX
+	LEAQ      (SI)(AX*2), SI
+	VPSLLD    $0x10, Y2, Y6
+	VPOR      Y8, Y6, Y6
+	VBLENDVPS Y7, Y6, Y2, Y2
+
+	// e := slots[class][x&4095]
+	VPMOVZXBD   8(BX), Y7
+	VPSLLD      $0x0c, Y7, Y6
+	VPAND       Y0, Y3, Y8
+	VPADDD      Y8, Y6, Y6
+	VMOVDQU     Y6, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X8, X8
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X8, X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X8, X8
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Y3, Y3
+	VPSRLD  $0x14, Y8, Y6
+	VPMULLD Y6, Y3, Y3
+	VPSRLD  $0x08, Y8, Y6
+	VPAND   Y0, Y6, Y6
+	VPADDD  Y6, Y3, Y3
+
+	// symbol := value[class][e&255]
+	VPSLLD      $0x18, Y8, Y8
+	VPSRLD      $0x18, Y8, Y8
+	VPSLLD      $0x08, Y7, Y7
+	VPADDD      Y7, Y8, Y8
+	VMOVDQU     Y8, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X10
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X10, X10
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X10, X10
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X10, X10
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y10, Y10
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y1, Y3, Y7
+	VMOVMSKPS Y7, AX
+	VPMOVZXBD (R9)(AX*8), Y6
+	VPMOVZXWD (SI), Y8
+	VPERMD    Y8, Y6, Y8
+	POPCNTL   AX, AX
+	LEAQ      (SI)(AX*2), SI
+	VPSLLD    $0x10, Y3, Y6
+	VPOR      Y8, Y6, Y6
+	VBLENDVPS Y7, Y6, Y3, Y3
+	VPACKUSDW Y10, Y9, Y6
+	VPERMQ    $0xd8, Y6, Y6
+	VMOVDQU   Y6, (DI)
+
+	// e := slots[class][x&4095]
+	VPMOVZXBD   16(BX), Y7
+	VPSLLD      $0x0c, Y7, Y6
+	VPAND       Y0, Y4, Y8
+	VPADDD      Y8, Y6, Y6
+	VMOVDQU     Y6, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X8, X8
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X8, X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X8, X8
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Y4, Y4
+	VPSRLD  $0x14, Y8, Y6
+	VPMULLD Y6, Y4, Y4
+	VPSRLD  $0x08, Y8, Y6
+	VPAND   Y0, Y6, Y6
+	VPADDD  Y6, Y4, Y4
+
+	// symbol := value[class][e&255]
+	VPSLLD      $0x18, Y8, Y8
+	VPSRLD      $0x18, Y8, Y8
+	VPSLLD      $0x08, Y7, Y7
+	VPADDD      Y7, Y8, Y8
+	VMOVDQU     Y8, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X11
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X11, X11
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X11, X11
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X11, X11
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y11, Y11
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y1, Y4, Y7
+	VMOVMSKPS Y7, AX
+	VPMOVZXBD (R9)(AX*8), Y6
+	VPMOVZXWD (SI), Y8
+	VPERMD    Y8, Y6, Y8
+	POPCNTL   AX, AX
+	LEAQ      (SI)(AX*2), SI
+	VPSLLD    $0x10, Y4, Y6
+	VPOR      Y8, Y6, Y6
+	VBLENDVPS Y7, Y6, Y4, Y4
+
+	// e := slots[class][x&4095]
+	VPMOVZXBD   24(BX), Y7
+	VPSLLD      $0x0c, Y7, Y6
+	VPAND       Y0, Y5, Y8
+	VPADDD      Y8, Y6, Y6
+	VMOVDQU     Y6, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X8, X8
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X8, X8
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X8, X8
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (CX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (CX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (CX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (CX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y8, Y8
+
+	// x = x>>12*(e>>20) + e>>8&4095
+	VPSRLD  $0x0c, Y5, Y5
+	VPSRLD  $0x14, Y8, Y6
+	VPMULLD Y6, Y5, Y5
+	VPSRLD  $0x08, Y8, Y6
+	VPAND   Y0, Y6, Y6
+	VPADDD  Y6, Y5, Y5
+
+	// symbol := value[class][e&255]
+	VPSLLD      $0x18, Y8, Y8
+	VPSRLD      $0x18, Y8, Y8
+	VPSLLD      $0x08, Y7, Y7
+	VPADDD      Y7, Y8, Y8
+	VMOVDQU     Y8, (SP)
+	MOVQ        (SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X12
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X12, X12
+	MOVQ        8(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X12, X12
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X12, X12
+	MOVQ        16(SP), R10
+	MOVL        R10, AX
+	VMOVD       (DX)(AX*4), X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x01, (DX)(R10*4), X6, X6
+	MOVQ        24(SP), R10
+	MOVL        R10, AX
+	VPINSRD     $0x02, (DX)(AX*4), X6, X6
+	SHRQ        $0x20, R10
+	VPINSRD     $0x03, (DX)(R10*4), X6, X6
+	VINSERTI128 $0x01, X6, Y12, Y12
+
+	// if x < 1<<16 { x = x<<16 | *src; src++ }
+	VPCMPEQW  Y1, Y5, Y7
+	VMOVMSKPS Y7, AX
+	VPMOVZXBD (R9)(AX*8), Y6
+	VPMOVZXWD (SI), Y8
+	VPERMD    Y8, Y6, Y8
+	POPCNTL   AX, AX
+	LEAQ      (SI)(AX*2), SI
+	VPSLLD    $0x10, Y5, Y6
+	VPOR      Y8, Y6, Y6
+	VBLENDVPS Y7, Y6, Y5, Y5
+	VPACKUSDW Y12, Y11, Y6
+	VPERMQ    $0xd8, Y6, Y6
+	VMOVDQU   Y6, 32(DI)
+	ADDQ      $0x20, BX
+	ADDQ      $0x40, DI
+	DECQ      R8
+	JNZ       turn
+	MOVQ      a+0(FP), AX
+	MOVQ      SI, 24(AX)
+	VMOVDQU   Y2, 48(AX)
+	VMOVDQU   Y3, 80(AX)
+	VMOVDQU   Y4, 112(AX)
+	VMOVDQU   Y5, 144(AX)
+	VZEROUPPER
+	RET

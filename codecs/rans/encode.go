@@ -84,44 +84,12 @@ func (e *Encoder) Cost(values []uint16, counts []uint32, patchBits uint64) uint6
 	return sum
 }
 
-// Pair is a second string of symbols in the lanes of a first: after the 32 symbols of a turn come those 32 of the pair,
-// symbol i coded with Tables[Classes[i]].
-type Pair struct {
-	Symbols []uint8
-	Tables  []*Encoder
-	Classes []uint8
-}
-
-// Encode codes the symbols with one table, or, where classes is not nil, symbol i with tables[classes[i]]; pair may be
-// nil. Carry rides along in the lanes' first states and comes back from Decode: 64 bytes for half a bit a lane. The
-// states and the words are appended to dst; scratch is memory to work in.
-func Encode(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, pair *Pair, carry *[Lanes]uint16, scratch []byte) []byte {
-	if classes == nil && pair == nil {
-		s := Stream{Symbols: symbols, Carry: *carry, Coded: dst, Scratch: scratch}
-		tables[0].Encode(&s)
-		return s.Coded
-	}
-	n := len(symbols)
-	size := 2 * n
-	if pair != nil {
-		size += 2 * n
-	}
-	c := start(carry, size, scratch)
-	for end := n; end > 0; {
-		start := (end - 1) &^ (Lanes - 1)
-		if pair != nil {
-			for i := end - 1; i >= start; i-- {
-				c.put(i%Lanes, pair.Tables[pair.Classes[i]], pair.Symbols[i])
-			}
-		}
-		for i := end - 1; i >= start; i-- {
-			e := tables[0]
-			if classes != nil {
-				e = tables[classes[i]]
-			}
-			c.put(i%Lanes, e, symbols[i])
-		}
-		end = start
+// EncodeSet codes symbol i with tables[classes[i]]. Carry rides along in the lanes' first states and comes back from
+// Set.Decode: 64 bytes for half a bit a lane. The states and the words are appended to dst; scratch is memory to work in.
+func EncodeSet(dst []byte, symbols []uint8, tables []*Encoder, classes []uint8, carry *[Lanes]uint16, scratch []byte) []byte {
+	c := start(carry, 2*len(symbols), scratch)
+	for i := len(symbols) - 1; i >= 0; i-- {
+		c.put(i%Lanes, tables[classes[i]], symbols[i])
 	}
 	return c.finish(dst)
 }

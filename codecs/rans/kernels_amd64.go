@@ -270,3 +270,39 @@ var slotKernels = [3][2][2]func(*byte){
 	{{slotsWords1, slotsWords2}, {slotsWordsRest1, slotsWordsRest2}},
 	{{slotsWordsAnywhere1, slotsWordsAnywhere2}, {slotsWordsAnywhereRest1, slotsWordsAnywhereRest2}},
 }
+
+// setTurns is the border to the kernels of a Set, which know its layout.
+type setTurns struct {
+	slots, value, classes uintptr
+	src, dst              uintptr // src is advanced by the kernel
+	count                 uint64
+	x                     [Lanes]uint32
+}
+
+// kernel decodes as many turns as a kernel may, and says how many values those are.
+func (s *Set) kernel(l *lanes, values []uint16, classes []uint8) int {
+	run := setTurns512
+	switch tier := cpu.Active(); {
+	case tier >= cpu.AVX512:
+	case tier >= cpu.AVX2:
+		run = setTurns256
+	default:
+		return 0
+	}
+	done := 0
+	a := setTurns{slots: uintptr(unsafe.Pointer(unsafe.SliceData(s.slots))), value: uintptr(unsafe.Pointer(unsafe.SliceData(s.value)))}
+	for !l.short {
+		a.count = uint64(min((len(values)-done)/Lanes, cap(l.words)/wordRead))
+		if a.count == 0 {
+			break
+		}
+		words := uintptr(unsafe.Pointer(unsafe.SliceData(l.words)))
+		a.classes, a.dst, a.src, a.x = uintptr(unsafe.Pointer(&classes[done])), uintptr(unsafe.Pointer(&values[done])), words, l.x
+		run((*byte)(unsafe.Pointer(&a)))
+		taken := int(a.src - words)
+		l.short = taken > len(l.words)
+		l.words, l.x = l.words[min(taken, len(l.words)):], a.x
+		done += int(a.count) * Lanes
+	}
+	return done
+}

@@ -1,6 +1,7 @@
 package rans
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math"
 	"math/rand/v2"
@@ -8,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"bigsmall.dev/bigsmall/codecs/cpu"
 )
 
 func TestLog2(t *testing.T) {
@@ -116,6 +119,13 @@ func decode(values []uint16, src []byte, d *Decoder) ([Lanes]uint16, error) {
 	return b.Close(0)
 }
 
+// encode is an Encode of one stream.
+func encode(symbols []uint8, e *Encoder, carry [Lanes]uint16) []byte {
+	s := Stream{Symbols: symbols, Carry: carry}
+	e.Encode(&s)
+	return s.Coded
+}
+
 func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
 	values := normal(r, n, symbols, float64(symbols)/6)
 	table, _ := Build(histogram(values, 256), symbols, 32)
@@ -125,12 +135,11 @@ func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
 	enc, dec := NewEncoder(table, 8), NewDecoder(table, Symbols)
 	syms := make([]uint8, n)
 	patches := enc.Map(syms, values, nil)
-	scratch := make([]byte, 2*n)
 	var carry [Lanes]uint16
 	for i := range carry {
 		carry[i] = uint16(r.Uint32())
 	}
-	coded := Encode(nil, syms, []*Encoder{enc}, nil, nil, &carry, scratch)
+	coded := encode(syms, enc, carry)
 	got := make([]uint16, n)
 	back, err := decode(got, coded, dec)
 	require.NoError(t, err)
@@ -144,37 +153,84 @@ func testRoundTrip(t *testing.T, r *rand.Rand, n, symbols int) {
 	require.Error(t, err)
 	_, err = decode(got, append(coded, 0, 0), dec)
 	require.Error(t, err)
-	// With classes: two tables in turn.
-	classes := make([]uint8, n)
-	for i := range classes {
-		classes[i] = uint8(r.IntN(2))
+	testSet(t, r, values, table)
+}
+
+// testSet codes values with tables in turn, the given one and others, and decodes them on every tier.
+func testSet(t *testing.T, r *rand.Rand, values []uint16, table *Table) {
+	n := len(values)
+	for _, count := range []int{1, 2, MaxSet} {
+		tables, encs := []*Table{table}, []*Encoder{NewEncoder(table, 8)}
+		for len(tables) < count {
+			other := randomTable(r, 2+r.IntN(MaxSymbols-1))
+			for k := range other.Value { // the symbols of one number have values of their own
+				other.Value[k] = uint16(3*k + len(tables))
+			}
+			tables, encs = append(tables, other), append(encs, NewEncoder(other, 12))
+		}
+		classes, syms, wanted := make([]uint8, n), make([]uint8, n), make([]uint16, n)
+		for i := range classes {
+			classes[i] = uint8(r.IntN(count))
+			own := tables[classes[i]]
+			k := r.IntN(len(own.Value))
+			syms[i], wanted[i] = uint8(k), own.Value[k]
+		}
+		var carry [Lanes]uint16
+		for i := range carry {
+			carry[i] = uint16(r.Uint32())
+		}
+		coded := EncodeSet(nil, syms, encs, classes, &carry, nil)
+		set := NewSet(tables)
+		for _, tier := range []string{"generic", "avx2", ""} {
+			if cpu.Use(tier) != nil {
+				continue
+			}
+			got := make([]uint16, n)
+			back, err := set.Decode(got, coded, classes)
+			require.NoError(t, err)
+			require.Equal(t, carry, back)
+			require.Equal(t, wanted, got)
+			_, err = set.Decode(got, slices.Clip(slices.Clone(coded[:len(coded)-2])), classes)
+			require.Error(t, err)
+			_, err = set.Decode(got, append(slices.Clone(coded), 0, 0), classes)
+			require.Error(t, err)
+		}
+		require.NoError(t, cpu.Use(""))
 	}
-	other := randomTable(r, len(table.Value))
-	encs, decs := []*Encoder{enc, NewEncoder(other, 8)}, []*Decoder{dec, NewDecoder(other, Symbols)}
-	decs[1].value = dec.value
-	coded = Encode(nil, syms, encs, classes, nil, &carry, scratch)
-	_, err = DecodeClasses(got, coded, decs, classes, nil)
-	require.NoError(t, err)
-	standIn := slices.Clone(got)
-	for _, p := range patches {
-		got[p.At] = p.Value
+}
+
+// FuzzSet compares the tiers on streams that need not be any.
+func FuzzSet(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 1))
+	var tables []*Table
+	for range MaxSet {
+		tables = append(tables, randomTable(r, 2+r.IntN(MaxSymbols-1)))
 	}
-	require.Equal(t, values, got)
-	// And as a pair of strings in the same lanes, the second by class of the first.
-	var class [256]uint8
-	for i := range class {
-		class[i] = uint8(i & 1)
-	}
-	for i, v := range standIn {
-		classes[i] = class[uint8(v>>1)]
-	}
-	coded = Encode(nil, syms, encs, nil, &Pair{syms, encs, classes}, &carry, scratch)
-	second := make([]uint16, n)
-	back, err = DecodeClasses(got, coded, decs, nil, &PairOf{second, decs, &class, 1})
-	require.NoError(t, err)
-	require.Equal(t, carry, back)
-	require.Equal(t, standIn, got)
-	require.Equal(t, standIn, second)
+	set := NewSet(tables)
+	f.Add(bytes.Repeat([]byte{1}, 2000), 300, uint8(3))
+	f.Add(make([]byte, 200), 40, uint8(0))
+	f.Fuzz(func(t *testing.T, src []byte, n int, step uint8) {
+		n = max(0, min(n, 1<<16))
+		classes := make([]uint8, n)
+		for i := range classes {
+			classes[i] = uint8(i) * step % MaxSet
+		}
+		plain, other := make([]uint16, n), make([]uint16, n)
+		require.NoError(t, cpu.Use("generic"))
+		carry, err := set.Decode(plain, src, classes)
+		for _, tier := range []string{"avx2", ""} {
+			if cpu.Use(tier) != nil {
+				continue
+			}
+			again, failed := set.Decode(other, src, classes)
+			require.Equal(t, err, failed)
+			if err == nil {
+				require.Equal(t, carry, again)
+				require.Equal(t, plain, other)
+			}
+		}
+		require.NoError(t, cpu.Use(""))
+	})
 }
 
 func FuzzDecode(f *testing.F) {
@@ -184,7 +240,6 @@ func FuzzDecode(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, src []byte, n int) {
 		values := make([]uint16, max(0, min(n, 1<<16)))
 		_, _ = decode(values, src, dec)
-		_, _ = DecodeClasses(values, src, []*Decoder{dec}, nil, nil)
 	})
 }
 

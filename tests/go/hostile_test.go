@@ -167,8 +167,8 @@ func headerLies(t *testing.T) (all []lie) {
 		status  core.Status
 		says    string
 	}{
-		"draft":              {swap(`"draft":2`, `"draft":1`), core.UnsupportedVersion, "draft 1"},
-		"no-draft":           {swap(`"draft":2`, `"drift":2`), core.UnsupportedVersion, "draft"},
+		"draft":              {swap(`"draft":3`, `"draft":2`), core.UnsupportedVersion, "draft 2"},
+		"no-draft":           {swap(`"draft":3`, `"drift":3`), core.UnsupportedVersion, "draft"},
 		"requires":           {swap(`"requires":[]`, `"requires":["warp"]`), core.UnsupportedFeature, `"warp"`},
 		"section":            {swap(`"sections":[`, `"sections":[{"kind":"x","offset":0,"length":0,"checksum":"","optional":false},`), core.Corrupt, "section"},
 		"codec":              {swap(`"codec":"bs_planes"`, `"codec":"qz_planes"`), core.UnsupportedCodec, "qz_planes"},
@@ -346,11 +346,15 @@ func payloadLies(t *testing.T) (all []lie) {
 	add("body-short", "", func(h, _ []byte) { set32(h[20:], 8) })
 	add("field-outside", "", func(h, _ []byte) { h[24] = 200 })
 	add("field-wide", "", func(h, _ []byte) { h[25] = 13 })
-	add("field-gap", "", func(h, _ []byte) { h[27]-- })
-	add("rotate", "", func(h, _ []byte) { h[28] = 2 })
-	add("tables", "", func(h, _ []byte) { h[29] = 17 })
-	add("no-tables", "", func(h, _ []byte) { h[29] = 0 })
-	add("mantissa-tables", "", func(h, _ []byte) { h[30] = 5 })
+	add("field-gap", "", func(h, _ []byte) { h[26]-- })
+	add("rotate", "", func(h, _ []byte) { h[27] = 2 })
+	add("tables", "", func(h, _ []byte) { h[28] = 17 })
+	add("no-tables", "", func(h, _ []byte) { h[28] = 0 })
+	add("descriptor-reserved", "", func(h, _ []byte) { h[29] = 5 })
+	add("scales", "", func(h, _ []byte) { h[6] = 1 })
+	add("scales-of-rows", "", func(h, _ []byte) { h[6] = 1; set32(h[16:], 1) })
+	add("scales-giant-row", "", func(h, _ []byte) { h[6] = 1; set32(h[16:], math.MaxUint32) })
+	add("scales-unknown", "", func(h, _ []byte) { h[6] = 2 })
 	add("table-of-256", "", func(h, _ []byte) { h[32] = 255 })
 	add("table-of-one", "", func(h, _ []byte) { h[32] = 0 })
 	add("table-sum", "", func(h, _ []byte) { h[36] ^= 0x18 })
@@ -365,7 +369,6 @@ func payloadLies(t *testing.T) (all []lie) {
 	add("block-zstd", "", func(_, b []byte) { b[0] = 2 })
 	add("plane-kind", "", func(_, b []byte) { b[4] = 7 })
 	add("plane-raw", "", func(_, b []byte) { b[4] = 0 })
-	add("plane-paired", "", func(_, b []byte) { b[4] = 4 })
 	add("plane-constant", "", func(_, b []byte) { b[4] = 1 })
 	add("patches-too-many", "", func(_, b []byte) { set16(b[6:], math.MaxUint16) })
 	add("stream-giant", "", func(_, b []byte) { set32(b[8:], math.MaxUint32) })

@@ -37,12 +37,12 @@ func swollen(t *testing.T) map[string][]byte {
 		fmt.Fprintf(&metadata, `"%x":"",`, i)
 	}
 	return map[string][]byte{
-		"empty entries": grown(`{"writer":"x","draft":2,"tensors":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
-		"long shape":    grown(`{"writer":"x","draft":2,"tensors":[{"name":"a","md5":"` + strings.Repeat("0", 90) + `","shape":[` + strings.Repeat("0,", 1<<20) + `0]}]}`),
-		"sections":      grown(`{"writer":"x","draft":2,"sections":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
-		"requires":      grown(`{"writer":"x","draft":2,"requires":[` + strings.Repeat(`"",`, 1<<20) + `""]}`),
-		"metadata":      grown(`{"writer":"x","draft":2,"safetensors_metadata":{` + metadata.String() + `"a":""}}`),
-		"unknown keys":  grown(`{"writer":"x","draft":2,"more":[` + strings.Repeat(`[],`, 1<<20) + `[]]}`),
+		"empty entries": grown(`{"writer":"x","draft":3,"tensors":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+		"long shape":    grown(`{"writer":"x","draft":3,"tensors":[{"name":"a","md5":"` + strings.Repeat("0", 90) + `","shape":[` + strings.Repeat("0,", 1<<20) + `0]}]}`),
+		"sections":      grown(`{"writer":"x","draft":3,"sections":[` + strings.Repeat("{},", 1<<20) + `{}]}`),
+		"requires":      grown(`{"writer":"x","draft":3,"requires":[` + strings.Repeat(`"",`, 1<<20) + `""]}`),
+		"metadata":      grown(`{"writer":"x","draft":3,"safetensors_metadata":{` + metadata.String() + `"a":""}}`),
+		"unknown keys":  grown(`{"writer":"x","draft":3,"more":[` + strings.Repeat(`[],`, 1<<20) + `[]]}`),
 		"deep":          grown(strings.Repeat("[", 4<<20)),
 	}
 }

@@ -103,6 +103,8 @@ def array_bytes(array: Any) -> bytes:
         return array.tobytes()
     import torch
 
+    if "float4" in str(array.dtype):  # which torch 2.8 cannot copy
+        array = array.view(torch.uint8)
     # A copy, since one element may have any stride and still count as contiguous.
     flat = array.flatten().clone(memory_format=torch.contiguous_format)
     return bytes(flat.view(torch.uint8).numpy()) if array.numel() else b""

@@ -30,7 +30,7 @@ GROUP = 4
 CODECS = ("bs_stored", "bs_planes", "bs_lowcard", "bs_rowdelta", "bs_delta")
 TRANSFORMS = ("plain", "half", "palette", "row_difference", "base_difference")
 BLOCK_KINDS = ("stored", "coded", "zstd")
-PLANE_KINDS = ("raw", "constant", "coded", "zstd", "paired")
+PLANE_KINDS = ("raw", "constant", "coded", "zstd")
 PLAIN, HALF, PALETTE, ROW, BASE = range(5)
 
 # torch's name: safetensors' name, bits of a value, bytes of a word, whether a word has a sign.
@@ -266,13 +266,12 @@ class Stream:
 class Field:
     shift: int
     sym: int
-    mant: int
     rest: int
     rotate: int
 
     @property
     def width(self) -> int:
-        return self.sym + self.mant + self.rest
+        return self.sym + self.rest
 
 
 @dataclass
@@ -301,14 +300,18 @@ class Head:
     row_words: int
     fields: list[Field]
     palette: Array
-    models: list[tuple[Model, Model | None]]  # of the symbols and of the mantissas of each field
+    models: list[Model]  # one a field
+    rows: Array  # numbers of the rows and of the columns; none without scales
+    columns: Array
     index: list[tuple[int, int]]
 
 
 def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -> Head:
     cursor = Cursor(data)
     transform, shift, head_bytes, n_fields, log2, n_palette = cursor.take(6)
-    cursor.zeros(2)
+    scaled = cursor.number(1)
+    cursor.zeros(1)
+    check(scaled <= (transform in (PLAIN, HALF) and n_fields > 0), "scales that have no place")
     check(transform < len(TRANSFORMS), "a transform", "unsupported_feature")
     check(shift == 0 or transform in (PLAIN, HALF), "a shift that has no place")
     check(head_bytes == word_bytes, "bytes of a word")
@@ -318,7 +321,7 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
     check(1 <= n_palette <= 16 if transform == PALETTE else n_palette == 0, "words of a palette")
     check(cursor.number(8) == n_words, "number of words")
     row_words, before_index = cursor.number(4), cursor.number(4)
-    check((row_words > 0) == (transform == ROW), "words of a row")
+    check((row_words > 0) == (transform == ROW or scaled > 0), "words of a row")
     check(transform != HALF or word_bytes == 4, "half of another word than F32's")
     n_blocks = -(-n_words // BLOCK)
     check(len(data) == up(24 + before_index + 12 * n_blocks, 8), "length of the head")
@@ -328,21 +331,21 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
     fields = []
     n_tables = []
     for _ in range(1 if transform == BASE else n_fields):
-        *parts, n_symbol_tables, n_mantissa_tables, reserved = cursor.take(8)
-        check(max(n_symbol_tables, n_mantissa_tables) <= 16 and not reserved, "a descriptor")
+        *parts, count = cursor.take(5)
+        cursor.zeros(3)
+        check(count <= 16, "a descriptor")
         fields.append(Field(*parts))
-        n_tables.append((n_symbol_tables, n_mantissa_tables))
+        n_tables.append(count)
     covered = 0
     width = {HALF: 16, PALETTE: 8}.get(transform, 8 * word_bytes) - shift
     check(width > 0, "a shift")
-    for field, (_, n_mantissa_tables) in zip(fields, n_tables):
+    for field in fields:
         if transform == BASE:
-            check(field == Field(0, 0, 0, 0, 0) and n_mantissa_tables == 0, "a descriptor")
+            check(field == Field(0, 0, 0, 0), "a descriptor")
             field.sym = 7
             continue
-        check(1 <= field.sym <= 12 and field.mant <= 8 and field.rest <= 15 and field.width <= 24, "parts of a field")
+        check(1 <= field.sym <= 12 and field.rest <= 15 and field.width <= 24, "parts of a field")
         check(field.rotate <= (field.rest > 0), "a rotated field")
-        check(field.mant or not n_mantissa_tables, "tables without mantissas")
         mask = (1 << field.width) - 1 << field.shift
         check(not covered & mask, "fields that overlap")
         covered |= mask
@@ -353,30 +356,39 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
     palette = words_of(cursor.take(n_palette * word_bytes), word_bytes)
     check((palette[1:] > palette[:-1]).all(), "order of the palette")
     models = []
-    for field, (n_symbol_tables, n_mantissa_tables) in zip(fields, n_tables):
-        choices = 256 if transform == BASE else -(-n_blocks // GROUP)
+    for i, (field, count) in enumerate(zip(fields, n_tables)):
+        by_class = transform == BASE or (scaled and i == 0)
         n_values = 8 * word_bytes + 1 if transform == BASE else 1 << field.sym
-        symbols = read_model(cursor, n_symbol_tables, choices, n_values)
-        mantissas = read_model(cursor, n_mantissa_tables, 256, 1 << field.mant) if field.mant else None
-        models.append((symbols, mantissas))
-        forms["plane.tables_by_group"] += transform != BASE and len(set(symbols.choice)) > 1
+        models.append(read_model(cursor, count, 256 if by_class else -(-n_blocks // GROUP), n_values))
+        forms["plane.tables_by_group"] += not by_class and len(set(models[-1].choice)) > 1
+    rows, columns = read_scales(cursor, n_words, row_words, forms) if scaled else np.zeros((2, 0), "u1")
     cursor.align(4)
     check(cursor.at == 24 + before_index, "length of the models")
     index = [(cursor.number(4), cursor.number(8)) for _ in range(n_blocks)]
     cursor.align(8)
-    return Head(len(data), transform, shift, word_bytes, n_words, row_words, fields, palette, models, index)
+    return Head(
+        len(data), transform, shift, word_bytes, n_words, row_words, fields, palette, models, rows, columns, index
+    )
+
+
+def read_scales(cursor: Cursor, n_words: int, row_words: int, forms: Counter[str]) -> tuple[Array, Array]:
+    check(row_words <= n_words, "words of a row")
+    n_rows = -(-n_words // row_words)
+    n, length = n_rows + row_words, cursor.number(4)
+    check(length <= n <= 16 * length, "length of the scales")
+    numbers = cursor.take(length)
+    if length < n:
+        check(n <= 1 << 19, "scales in a frame")
+        numbers = zstd_frame(numbers, n)
+    forms["scales.zstd" if length < n else "scales.raw"] += 1
+    both = np.frombuffer(numbers, "u1")
+    return both[:n_rows], both[n_rows:]
 
 
 def read_plane(
-    cursor: Cursor,
-    width: int,
-    n: int,
-    forms: Counter[str],
-    what: str,
-    decode: Mapping[str, Callable[[Stream], Array]],
-    mantissas: Array | None = None,
+    cursor: Cursor, width: int, n: int, forms: Counter[str], what: str, coded: Callable[[Stream], Array]
 ) -> Array:
-    """decode: what to do with the stream, by the kinds that have one. mantissas: those of a pair."""
+    """coded: what to do with a stream."""
     kind = cursor.number(1)
     cursor.zeros(1)
     n_patches, argument = cursor.number(2), cursor.number(4)
@@ -384,7 +396,6 @@ def read_plane(
     name = PLANE_KINDS[kind]
     check(width <= 8 or name not in ("raw", "zstd"), "bytes of a wide part")
     check(n_patches == 0 or name not in ("raw", "zstd"), "patches that have no place")
-    check(mantissas is None or name == "paired", "half a pair")
     carried = np.zeros(0, np.uint32)
     if name == "raw":
         check(argument == 0, "a plane's reserved bytes")
@@ -394,13 +405,9 @@ def read_plane(
     elif name == "constant":
         check(argument < 1 << width, "a symbol too large")
         symbols = np.full(n, argument, np.uint32)
-    elif mantissas is not None:
-        check(argument == 0, "words of a pair's second half")
-        symbols = mantissas
     else:
-        check(name in decode, "a plane's kind")
         stream = Stream(cursor.take(128), cursor.take(2 * argument))
-        symbols = decode[name](stream)
+        symbols = coded(stream)
         carried = stream.carried()
         check(not carried[2 * n_patches :].any(), "a lane that carries what is no patch")
         carried = carried[: 2 * n_patches]
@@ -426,42 +433,17 @@ def count_tables(tables: Tables, chosen: Any, forms: Counter[str], what: str) ->
         forms[f"{what}.buckets_{n}"] += 1
 
 
-def read_field(
-    cursor: Cursor, field: Field, models: tuple[Model, Model | None], group: int, n: int, forms: Any
-) -> Array:
-    symbol_model, mantissa_model = models
-    table = symbol_model.choice[group]
-    decoded, decoded_mantissas = np.zeros((2, n), np.uint32)
+def read_field(cursor: Cursor, field: Field, model: Model, chosen: Any, n: int, forms: Counter[str]) -> Array:
+    """chosen: the table of all symbols, or that of each."""
 
     def coded(stream: Stream) -> Array:
-        count_tables(symbol_model.tables, table, forms, "plane.coded")
-        for start in range(0, n, LANES):
-            end = min(start + LANES, n)  # the last turn may not need all lanes
-            decoded[start:end] = stream.turn(symbol_model.tables, table, end - start)
-        return decoded
+        count_tables(model.tables, chosen, forms, "plane.coded")
+        each = np.broadcast_to(chosen, n)
+        # The last turn may not need all lanes.
+        turns = [each[start : start + LANES] for start in range(0, n, LANES)]
+        return np.concatenate([stream.turn(model.tables, tables, len(tables)) for tables in turns])
 
-    def paired(stream: Stream) -> Array:
-        assert mantissa_model is not None
-        count_tables(symbol_model.tables, table, forms, "plane.paired")
-        check(mantissa_model.tables.count, "a coded plane without table")
-        choice = np.array(mantissa_model.choice)
-        for start in range(0, n, LANES):
-            end = min(start + LANES, n)
-            symbols = stream.turn(symbol_model.tables, table, end - start)
-            chosen = choice[symbols >> max(0, field.sym - 8)]
-            decoded[start:end] = symbols
-            decoded_mantissas[start:end] = stream.turn(mantissa_model.tables, chosen, end - start)
-        count_tables(mantissa_model.tables, choice[decoded >> max(0, field.sym - 8)], forms, "mantissa.paired")
-        pairs.append(decoded_mantissas)
-        return decoded
-
-    pairs: list[Array] = []
-    decode = {"coded": coded} if mantissa_model is None else {"coded": coded, "paired": paired}
-    run = read_plane(cursor, field.sym, n, forms, "plane", decode)
-    if mantissa_model is not None:
-        mantissas = pairs[0] if pairs else None
-        mant = read_plane(cursor, field.mant, n, forms, "mantissa", {}, mantissas)
-        run = run << np.uint64(field.mant) | mant
+    run = read_plane(cursor, field.sym, n, forms, "plane", coded)
     if field.rest:
         packed = bits(cursor.take(up(-(-n * field.rest // 8), 4)), n * field.rest)
         rest = packed.reshape(n, field.rest) @ (1 << np.arange(field.rest, dtype=np.uint64))
@@ -491,7 +473,7 @@ def read_difference(cursor: Cursor, model: Model, base: Array, signed: bool, wid
         turns = [chosen[start : start + LANES] for start in range(0, n, LANES)]
         return np.concatenate([stream.turn(model.tables, tables, len(tables)) for tables in turns])
 
-    length = read_plane(cursor, 7, n, forms, "difference", {"coded": coded}).astype(np.int64)
+    length = read_plane(cursor, 7, n, forms, "difference", coded).astype(np.int64)
     check((length <= width).all(), "a difference too long")
     extra = np.maximum(length - 1, 0)
     total = int(extra.sum())
@@ -532,11 +514,16 @@ def read_block(block: bytes, number: int, head: Head, base: Array | None, signed
         if head.transform == BASE:
             assert base is not None
             of_block = base[number * BLOCK :][:n]
-            words = read_difference(cursor, head.models[0][0], of_block, signed, 8 * head.word_bytes, n, forms)
+            words = read_difference(cursor, head.models[0], of_block, signed, 8 * head.word_bytes, n, forms)
         else:
             words = np.zeros(n, np.uint64)
-            for field, models in zip(head.fields, head.models):
-                words |= read_field(cursor, field, models, number // GROUP, n, forms)
+            for i, (field, model) in enumerate(zip(head.fields, head.models)):
+                chosen: Any = model.choice[number // GROUP]
+                if i == 0 and len(head.rows):
+                    place = number * BLOCK + np.arange(n)
+                    both = head.rows[place // head.row_words] + head.columns[place % head.row_words]  # modulo 256
+                    chosen = np.array(model.choice)[both]
+                words |= read_field(cursor, field, model, chosen, n, forms)
             words <<= np.uint64(head.shift)
             words = restore(words, head)
     last = number == len(head.index) - 1
@@ -707,7 +694,7 @@ class BsFile:
         check(at == start and start + length + 48 == len(data), "lengths of the trailer")
         check(xxh3(data[:start]) == header_hash, "header", "checksum")
         header = read_json(data[10:start])
-        check(header.get("draft") == 2, "draft", "unsupported_version")
+        check(header.get("draft") == 3, "draft", "unsupported_version")
         check(not get(header, "requires", list, []), "a feature that is required", "unsupported_feature")
         self.start = start
         self._read_tensors(header, length)

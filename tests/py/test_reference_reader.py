@@ -57,6 +57,26 @@ def half_words(n: int) -> Array:
     return bits
 
 
+def scaled(rows: int, columns: int, spread: float = 1, bias: float = 2, rare: float = 1e3) -> Array:
+    """float32 values whose scale differs by row and by column, and with a bias their sign by column."""
+    random = np.random.default_rng(rows)
+    scale = np.exp(spread * (random.standard_normal((rows, 1)) + random.standard_normal(columns))) * 0.02
+    values = (random.standard_normal((rows, columns)) + bias * random.standard_normal(columns)) * scale
+    values[::97, ::89] *= rare
+    return values.astype("<f4")
+
+
+def rows_alike(rows: int, columns: int) -> Array:
+    """float32 values: the same in every row, in another order, and half of the columns larger than the others."""
+    half = np.random.default_rng(rows).permuted(np.tile(weights(1, columns // 2), (2 * rows, 1)), axis=1)
+    return half.reshape(rows, columns) * np.repeat(np.array([1, 32], "<f4"), columns // 2)
+
+
+def upper_halves(values: Array) -> Array:
+    """float32 values cut to bfloat16, in their shape."""
+    return (values.view("<u4") >> 16).astype("<u2")
+
+
 def skewed_by_group(make: Callable[[Array], Any]) -> Any:
     """Two groups that call for different tables; the second has one block and a ragged end."""
     return make(np.concatenate([normal(GROUP, 1), normal(1003, 2) * 1e-5]))
@@ -136,24 +156,20 @@ CASES: dict[str, tuple[str, str, Callable[[], Any], list[str]]] = {
         lambda: small_integers(np.concatenate([normal(GROUP) * 2, normal(9001) * 30])),
         ["plane.tables_by_group", "plane.coded.buckets_64", "plane.coded.buckets_256"],
     ),
-    "of_integers": (
+    "scales": (
         "storage",
         "BF16",
-        lambda: bfloat16(integers(-200, 200, 30001)),
-        [
-            "plane.paired",
-            "plane.paired.ragged",
-            "mantissa.paired",
-            "mantissa.paired.buckets_64",
-            "mantissa.paired.tables_by_class",
-        ],
+        lambda: upper_halves(scaled(3000, 50, rare=1e25)),  # more than one block
+        ["scales.zstd", "plane.coded.tables_by_class", "plane.coded.buckets_256"],
     ),
-    "grid": (
+    "few_columns": ("storage", "F32", lambda: scaled(9000, 40), ["scales.zstd", "plane.coded.patched"]),
+    "scales_of_half": (
         "storage",
-        "BF16",
-        lambda: bfloat16(np.rint(normal(BLOCK) * 127) / 1000),
-        ["mantissa.paired.patched"],
+        "F32",
+        lambda: scaled(200, 300, 0.5).astype("<f2").astype("<f4"),
+        ["scales.zstd", "transform.half"],
     ),
+    "rows_alike": ("storage", "BF16", lambda: upper_halves(rows_alike(3000, 600)), ["scales.raw"]),
 }
 
 BASE_FORMS = [
@@ -196,10 +212,8 @@ def test_every_form_has_its_case() -> None:
     aimed = {form for *_, forms in CASES.values() for form in forms} | set(BASE_FORMS)
     every = {f"transform.{name}" for name in TRANSFORMS} | {f"block.{kind}" for kind in BLOCK_KINDS}
     every |= {f"codec.{name}" for name in CODECS}
-    every |= {
-        f"plane.{kind}" for kind in ("raw", "constant", "coded.buckets_64", "coded.buckets_256", "zstd", "paired")
-    }
-    every.add("mantissa.paired")
+    every |= {f"plane.{kind}" for kind in ("raw", "constant", "coded.buckets_64", "coded.buckets_256", "zstd")}
+    every |= {"scales.raw", "scales.zstd"}
     assert every <= aimed
 
 
@@ -351,11 +365,9 @@ class Sealed:
         data[-8:] = struct.pack("<Q", xxh3(bytes(data[-48:-8])))
         return bytes(data)
 
-    def places(self, paired: bool) -> Iterator[int]:
-        """The bytes of the payload but for the lengths and checksums of blocks, and for the models of a pair: classes
-        without symbols may have any table. Of a stream's words every third will do."""
-        if not paired:
-            yield from range(self.start, self.index)
+    def places(self) -> Iterator[int]:
+        """The bytes of the payload but for lengths and checksums of blocks. Of a stream's words every third will do."""
+        yield from range(self.start, self.index)
         yield from range(self.index + (self.blocks - self.index) // 12 * 12, self.blocks + 150)
         yield from range(self.blocks + 150, self.end - 100, 3)
         yield from range(max(self.blocks + 150, self.end - 100), self.end)
@@ -367,23 +379,22 @@ class Sealed:
         ("balanced", lambda: bfloat16(np.append(weights(1, 400), [1e30]))),
         ("inference", lambda: weights(1, 303)),
         ("inference", lambda: (weights(1, 999).astype("<f2").view("<u2") >> 8).astype("u1")),
-        ("storage", lambda: bfloat16(integers(-40, 40, 1400))),
     ],
-    ids=["BF16", "F32", "F8_E5M2", "BF16.paired"],
+    ids=["BF16", "F32", "F8_E5M2"],
 )
 def test_no_byte_is_without_meaning(
     make, request: pytest.FixtureRequest, tmp_path: Path, mode: str, values: Callable[[], Any]
 ) -> None:
     """A payload of one block: whatever byte of it changes, both readers notice, without the help of its checksums."""
-    dtype, _, paired = request.node.callspec.id.partition(".")
+    dtype = request.node.callspec.id
     source, target = make({"tensor": tensor(dtype, values())}, mode=mode)
-    assert read(target, source).forms["plane.paired" if paired else "plane.coded"] == 1
+    assert read(target, source).forms["plane.coded"] == 1
     sealed = Sealed(target.read_bytes())
     assert sealed.change(sealed.start, 0) == sealed.data
     changed, restored = tmp_path / "changed.bs", tmp_path / "restored.safetensors"
     readers = {"reference": lambda: BsFile(changed).source(), "product": lambda: bigsmall.decompress(changed, restored)}
     accepted = []
-    for place in sealed.places(bool(paired)):
+    for place in sealed.places():
         # Numbers of the head are small; in blocks the bits that pad a string are the upper ones of its last byte.
         changed.write_bytes(sealed.change(place, 1 if place < sealed.blocks else 128))
         for name, reader in readers.items():

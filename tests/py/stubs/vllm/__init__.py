@@ -7,11 +7,13 @@ class LLM:
     """Has the class that loads its weights, found as vLLM does: plugins make formats known, then the format counts."""
 
     def __init__(self, model: str, load_format: str = "auto") -> None:
+        import sys
         from importlib.metadata import entry_points
 
         from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
-        for plugin in entry_points(group="vllm.general_plugins"):
+        group = "vllm.general_plugins"
+        for plugin in entry_points(group=group) if sys.version_info >= (3, 10) else set(entry_points()[group]):
             plugin.load()()
         self.model = model
         self.loader = _LOAD_FORMAT_TO_MODEL_LOADER[load_format]
