@@ -14,6 +14,7 @@
 #   make bench        speed and size beside memcpy and other tools, in one run
 #   make bench-gpu    the same on a CUDA device (five minutes; 30 GB of memory)
 #   make lib          build/libbigsmall.so, for C
+#   make install      library, header, pkg-config and CMake files; PREFIX=/usr/local, LIBDIR, DESTDIR; make uninstall
 #   make release      build/release: wheels of all platforms, sdist, licences, checksums
 #   make generate     assembly from its generators, PTX from CUDA C
 #   make clean        removes build/
@@ -59,7 +60,7 @@ SYNTHETIC := build/weights/synthetic-llm.done
 BENCH_SETS := minilm-l6-v2 whisper-base-fp16 synthetic-llm-1gb synthetic-llm-1gb-f32
 
 .PHONY: help demo test test-long test-reference test-matrix test-vllm test-wheels test-aarch64 test-wine test-models check bench \
-	bench-gpu lib release generate clean
+	bench-gpu lib install uninstall release generate clean
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
 
@@ -148,6 +149,11 @@ lib: build/libbigsmall.so
 build/libbigsmall.so: $(GO_SOURCES)
 	CGO_ENABLED=1 go build -buildmode=c-shared -trimpath -ldflags "$(LDFLAGS)" -o $@ ./capi
 
+# Linux. The names are relative to PREFIX wherever the tree is moved.
+export PREFIX LIBDIR DESTDIR
+install uninstall:
+	scripts/install.sh $@
+
 # ---- real models ----
 
 build/weights/%.done: scripts/weights/get_weights.py scripts/weights/derive.py | $(VENV_TEST)/.requirements
@@ -218,6 +224,7 @@ check: $(VENV_CHECK)/.requirements
 	go vet -tags purego ./core/... ./codecs/...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./core/... ./codecs/...
 	scripts/check_header.sh
+	scripts/check_install.sh
 	PYTHON=$(CURDIR)/$(VENV_CHECK)/bin/python scripts/check_sdist.sh
 	go test -race -skip '$(SLOW_WITH_RACE)' ./core ./tests/go
 	scripts/check_asan.sh

@@ -1,4 +1,18 @@
-// Package core is BigSmall's system: files, tensors and models.
+// Package core compresses neural-network weights without loss: `.safetensors` files, or model directories, become `.bs` files
+// about a third smaller, and come back byte for byte.
+//
+// [Compress] and [Decompress] work on files and directories, [CompressDelta] stores a fine-tune as its difference to a base
+// model, [Verify] checks everything and [Repair] mends what is damaged. A [Reader], from [Open] or [OpenMemory], decodes
+// single tensors, ranges of them or many at once into memory of the caller's, and is safe for many goroutines; a [Writer], from
+// [Create], makes a file of tensors in memory. A [Job] says how many threads a call takes, and can cancel it; nil means all
+// defaults. Every error is an [*Error], which names the file, the tensor and the numbers; [StatusOf] tells its kind, and
+// errors.Is finds the operating system's error inside it.
+//
+//	if _, err := core.Compress("model.safetensors", "model.bs", core.Options{}, nil); err != nil {
+//		return err
+//	}
+//
+// # Inside
 //
 // One way through the house. Compressing: a safetensors header is read (safetensors.go), a writer reserves room for ours
 // (writer.go), codecs looks at each tensor and chooses a format, its groups of blocks are coded in parallel (pool.go) and

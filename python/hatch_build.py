@@ -82,7 +82,7 @@ def go_environment() -> dict[str, str]:
         )
     # GOTOOLCHAIN: a build must not download another Go behind the user's back. GOFLAGS of the user may change anything.
     env = {**os.environ, "GOTOOLCHAIN": "local", "CGO_ENABLED": "1", "GOFLAGS": "", "GOWORK": "off"}
-    # No name of the Go runtime's own C files leaves the library either; no debugging information, which would name folders.
+    # No name of the Go runtime's C files leaves the library either; and no debugging information, which names folders.
     env.setdefault("CGO_CFLAGS", "-O2 -g0 -fvisibility=hidden")
     compiler = env.get("CC") or go_value("CC", env)
     if shutil.which(shlex.split(compiler)[0]) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from bigsmall import _dtypes, _native, errors
-from helpers import DTYPES, HEADER
+from helpers import DTYPES, HEADER, REPOSITORY
 
 
 def header_text() -> str:
@@ -128,3 +129,37 @@ def test_header_compiles(compiler: str, options: list[str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+ABI = REPOSITORY / "capi" / "abi.txt"
+
+
+def abi() -> str:
+    """Functions, constants and structs of the library, as the header declares and this machine lays them out."""
+    ffi, lib = _native.library()
+    text = header_text()
+    lines = [f"define {name} {value}" for name, value in re.findall(r"#define (BS_\w+) (\d+)", text)]
+    for enum in re.findall(r"typedef enum (bs_\w+)", text):
+        lines.append(f"enum {enum} {ffi.sizeof(enum)} bytes")
+        lines += [f"    {name} = {value}" for name, value in header_enum(enum).items()]
+    for struct in re.findall(r"typedef struct (bs_\w+) \{", text):
+        lines.append(f"struct {struct} {ffi.sizeof(struct)} bytes")
+        for name, member in ffi.typeof(struct).fields:
+            lines.append(f"    {member.offset} {member.type.cname} {name}")
+    lines += [f"opaque {name}" for name in re.findall(r"typedef struct (bs_\w+) bs_\w+;", text)]
+    for name in sorted(header_functions()):
+        function = ffi.typeof(getattr(lib, name))
+        arguments = ", ".join(argument.cname for argument in function.args) or "void"
+        lines.append(f"function {function.result.cname} {name}({arguments})")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.skipif(sys.maxsize < 2**32, reason="the list is that of 64 bits")
+def test_abi_is_the_committed_one() -> None:
+    """capi/ABI.md says what may change. BIGSMALL_UPDATE_ABI=1 writes the list."""
+    if os.environ.get("BIGSMALL_UPDATE_ABI"):
+        ABI.write_text(abi(), encoding="utf-8")
+    assert abi() == ABI.read_text(encoding="utf-8"), (
+        "the ABI is not the one of capi/abi.txt: see capi/ABI.md for whether BS_ABI_VERSION has to be raised, then run "
+        "BIGSMALL_UPDATE_ABI=1 python -m pytest tests/py/test_abi.py"
+    )
