@@ -228,6 +228,21 @@ func go_reader_info(r *C.bs_reader, dst *C.char, room C.size_t, n *C.size_t, e *
 	})
 }
 
+//export go_reader_breakdown
+func go_reader_breakdown(r *C.bs_reader, modes C.int32_t, dst *C.char, room C.size_t, n *C.size_t, j *C.bs_job, e *C.bs_error) C.int32_t {
+	return reading(r, e, func(r *core.Reader) error {
+		job, err := jobOf(j)
+		if err != nil {
+			return err
+		}
+		b, err := r.Breakdown(modes != 0, job)
+		if err != nil {
+			return err
+		}
+		return put(b, dst, room, n)
+	})
+}
+
 //export go_reader_decode
 func go_reader_decode(r *C.bs_reader, i C.uint64_t, dst unsafe.Pointer, room C.size_t, j *C.bs_job, e *C.bs_error) C.int32_t {
 	return decoding(r, dst, room, j, e, func(r *core.Reader, b []byte, job *core.Job) error {

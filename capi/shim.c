@@ -102,6 +102,12 @@ bs_status bs_reader_info(bs_reader *reader, char *dst, size_t dst_cap, size_t *l
     return (bs_status)go_reader_info(reader, dst, dst_cap, len, error);
 }
 
+bs_status bs_reader_breakdown(bs_reader *reader, int32_t modes, char *dst, size_t dst_cap, size_t *len,
+                              const bs_job *job, bs_error *error) {
+    if (forked) return refuse(error);
+    return (bs_status)go_reader_breakdown(reader, modes, dst, dst_cap, len, (bs_job *)job, error);
+}
+
 bs_status bs_reader_decode(bs_reader *reader, uint64_t index, void *dst, size_t dst_cap, const bs_job *job,
                            bs_error *error) {
     if (forked) return refuse(error);

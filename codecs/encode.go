@@ -64,6 +64,7 @@ type Encoding struct {
 	headLen int
 	counted *counts
 	bits    uint64 // estimated size, in units of 2^-16 bits
+	exact   uint64 // the same by the counts of all words, as far as the coder does it
 	sampled uint64 // bytes of the sample blocks, coded
 }
 
@@ -470,16 +471,25 @@ func (e *Encoding) analyseFields(exp uint) error {
 		}
 		e.addField(planes.Field{Shift: uint8(8 * i), Sym: 8}, low, rans.MaxSymbols)
 	}
+	e.exact = e.bits
 	if err := e.sample(); err != nil || e.tensor.Mode != Storage || exp == 0 {
 		return err
 	}
 	return e.tryScales(exp, upper, sets, topSets(field), alphabet)
 }
 
+// scaledSample estimates all blocks by those of the sample.
+func (e *Encoding) scaledSample() uint64 {
+	words := uint64(0)
+	for _, b := range e.sampleBlocks() {
+		words += min(BlockWords, e.words-uint64(b)*BlockWords)
+	}
+	return e.sampled * e.words / words
+}
+
 // size estimates the payload from the sample blocks.
 func (e *Encoding) size() uint64 {
-	blocks := uint64(e.blocks())
-	return e.sampled*blocks/uint64(len(e.sampleBlocks())) + uint64(len(e.appendHead(nil, nil)))
+	return e.scaledSample() + uint64(len(e.appendHead(nil, nil)))
 }
 
 // chooseField finds how many mantissa bits, and whether the sign, belong into the symbol, and how many symbols it takes.

@@ -15,6 +15,7 @@ import (
 type scales struct {
 	row, col []uint8
 	coded    []byte // an encoder's: what append appends
+	stored   int    // a reader's: bytes that they take in the head
 }
 
 // mostScale bounds how far scales may be compressed, so that a short head cannot ask for much memory.
@@ -46,7 +47,7 @@ func parseScales(src []byte, words uint64, cols uint32) (*scales, []byte, error)
 		return nil, nil, corrupt("scales of %d rows and %d columns end too early", rows, cols)
 	}
 	data := src[4 : 4+binary.LittleEndian.Uint32(src)]
-	src = src[4+len(data):]
+	src, stored := src[4+len(data):], 4+len(data)
 	if uint64(cols) > words || n > mostScale*uint64(len(data)) || uint64(len(data)) > n {
 		return nil, nil, corrupt("scales of %d rows and %d columns in %d bytes", rows, cols, len(data))
 	}
@@ -60,7 +61,7 @@ func parseScales(src []byte, words uint64, cols uint32) (*scales, []byte, error)
 		}
 		data = all
 	}
-	return &scales{row: data[:rows], col: data[rows:]}, src, nil
+	return &scales{row: data[:rows], col: data[rows:], stored: stored}, src, nil
 }
 
 // classes are the tables of n words from word first on.
@@ -351,7 +352,7 @@ func (e *Encoding) tryScales(exp uint, upper planes.Field, sets []*hist, bySet [
 		return err
 	}
 	if found.size() < e.size() {
-		found.bits = e.bits - min(e.bits, alone-best)
+		found.bits, found.exact = e.bits-min(e.bits, alone-best), e.exact-min(e.exact, alone-best)
 		*e = *found
 	}
 	return nil

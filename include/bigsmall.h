@@ -27,8 +27,8 @@
  *     that take a handle BS_POISONED. What reads files may return BS_IO, BS_UNSUPPORTED_VERSION, BS_UNSUPPORTED_CODEC,
  *     BS_UNSUPPORTED_FEATURE, BS_CORRUPT, BS_TRUNCATED, BS_CHECKSUM and BS_WRONG_BASE; what writes them BS_IO; what
  *     takes a job BS_CANCELLED; what takes an index BS_NOT_FOUND; what takes room BS_DST_TOO_SMALL. After an error
- *     nothing of what was to be written exists, a handle that was to be opened is NULL, and other results but a `len` are
- *     undefined.
+ *     nothing of what was to be written exists, a handle that was to be opened is NULL, and other results, but a `len`,
+ *     are undefined.
  *   - A fault inside the library is caught: the call returns BS_INTERNAL, prints its stack to standard error once, and
  *     the handle it happened on answers BS_POISONED from then on. Other handles go on working.
  *   - What a later version may change, and when BS_ABI_VERSION rises, is in capi/ABI.md of the sources.
@@ -253,6 +253,14 @@ BS_API bs_status bs_reader_metadata(bs_reader *reader, char *dst, size_t dst_cap
  * source_bytes, sha256, files, and for every tensor, in the order of the indexes, name, shape, dtype (torch's name),
  * source_dtype and source_shape (safetensors' spelling), n_bytes, compressed_bytes, codec, special, md5, file. */
 BS_API bs_status bs_reader_info(bs_reader *reader, char *dst, size_t dst_cap, size_t *len, bs_error *error);
+
+/* Where the bytes of the files go, as one JSON object: "parts", bytes of sign, exponent, mantissa (of floats; a symbol
+ * that holds several counts by the entropies of its table), values (of other types), tables, stored (blocks as they
+ * are, or by zstd), overhead, header, parity and original (payloads of the original package); "dtypes", the first three
+ * with n_bytes and compressed_bytes for each dtype; with `modes` other than 0 "modes", about how many bytes each would
+ * make. All payloads are read; with modes every tensor is decoded and looked at as in compressing. 64 KiB hold it. */
+BS_API bs_status bs_reader_breakdown(bs_reader *reader, int32_t modes, char *dst, size_t dst_cap, size_t *len,
+                                     const bs_job *job, bs_error *error);
 
 /* Decodes a whole tensor into dst, little-endian and in C order; dst_cap must be at least n_bytes. Every block's
  * checksum is verified before it is decoded. On failure the contents of dst are undefined. */

@@ -9,7 +9,7 @@
     CompressedLinear, CompressedEmbedding  modules whose weights stay compressed in the memory of a GPU
     compress_for_hub, upload_to_hub  repositories of `.bs` files
     save_file                       `.bs` files from tensors in memory
-    info, verify                    what a file holds, and whether it is whole
+    info, breakdown, verify         what a file holds, where its bytes go, and whether it is whole
     cpu, set_cpu                    which instructions do the work (or BIGSMALL_CPU: generic, avx2, avx512)
     errors                          the exceptions
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         BadTensor,
         RepairResult,
         VerifyReport,
+        breakdown,
         compress,
         compress_delta,
         convert,
@@ -59,6 +60,7 @@ _EXPORTS = {
     "StreamingLoader": "layers",
     "StreamingModel": "streaming_model",
     "VerifyReport": "api",
+    "breakdown": "api",
     "compress": "api",
     "compress_delta": "api",
     "compress_for_hub": "publish",
@@ -88,6 +90,7 @@ __all__ = [
     "StreamingModel",
     "VerifyReport",
     "__version__",
+    "breakdown",
     "compress",
     "compress_delta",
     "compress_for_hub",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, overload
 
 from bigsmall import _native
 from bigsmall.reader import Reader
-from bigsmall.writer import FLAG_FORCE, FLAG_NO_REPLACE, FLAG_SHA256, compat_flag, compress_options
+from bigsmall.writer import FLAG_FORCE, FLAG_NO_REPLACE, FLAG_SHA256, MODES, compat_flag, compress_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,6 +308,44 @@ def info(src: Path) -> dict[str, Any]:
             "sha256": said.get("sha256"),
             "tensors": said["tensors"],
         }
+
+
+def breakdown(
+    src: Path,
+    *,
+    base: Path | None = None,
+    modes: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Where the bytes of a `.bs` file or directory go, and about what each mode would make of it.
+
+    src      : .bs file or directory
+    base     : the base model of a delta, needed with modes
+    modes    : also estimate the size in every mode, within about one percent; decodes every tensor and looks at it as a
+               compression does, which takes as long. Otherwise the files are read and nothing is decoded
+    workers  : threads, default all that are available
+    progress : show a bar where standard error is a terminal
+
+    Keys: path, file_size and source_bytes (bytes); parts, a dict of bytes: sign, exponent and mantissa of floats (a
+    symbol that holds bits of several counts for each by the entropies of its table: the exponent, the sign given that,
+    the mantissa given both), values of other types, tables, stored (blocks as they are, or by zstd), overhead
+    (checksums, lengths, padding), header, parity, original (payloads of the original package); dtypes, the first three
+    with n_bytes and compressed_bytes by dtype; modes, a dict of bytes by mode, empty without them.
+
+    Raises Corrupt, ChecksumMismatch and the other errors of reading.
+    """
+    with Reader(src, base=base) as reader:
+        said = reader.info()
+        found = reader.breakdown(modes, workers=workers, progress="looking" if progress else None)
+    return {
+        "path": os.fsdecode(src),
+        "file_size": said["file_bytes"],
+        "source_bytes": said["source_bytes"],
+        "parts": {name: round(size) for name, size in found["parts"].items()},
+        "dtypes": found["dtypes"],
+        "modes": {mode: found["modes"][mode] for mode in MODES if mode in found["modes"]},
+    }
 
 
 @dataclass(frozen=True)

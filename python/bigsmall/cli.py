@@ -151,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("info", _info, "Show what a .bs file or directory holds.")
     sub.add_argument("src", metavar="SRC", help=".bs file or directory")
     sub.add_argument("--tensors", action="store_true", help="list the tensors too")
+    sub.add_argument("--report", action="store_true", help="where the bytes go, and what each mode would make of it")
+    sub.add_argument("--picture", metavar="OUT", help="the report as a picture (.png, .svg, .pdf); needs matplotlib")
+    sub.add_argument("--base", metavar="BASE", help="the base model of a delta, for a report")
 
     sub = command("verify", _verify, "Check every checksum; print OK, or FAIL and what is bad.")
     sub.add_argument("src", metavar="SRC", help=".bs file or directory")
@@ -367,6 +370,17 @@ def _info(args: argparse.Namespace) -> int:
                 f"  {tensor['name']}  {tensor['dtype']} {shape}  {tensor['n_bytes']:,} -> "
                 f"{tensor['compressed_bytes']:,} bytes  {tensor['codec']}"
             )
+    if args.report or args.picture:
+        from bigsmall import report
+
+        parts = api.breakdown(
+            args.src, base=args.base, modes=True, workers=_option(args, "threads"), progress=_progress(args)
+        )
+        found["report"] = {key: parts[key] for key in ("parts", "dtypes", "modes")}
+        lines += report.lines(parts)
+        if args.picture:
+            report.picture(parts, args.picture)
+            lines.append(f"  written to {args.picture}")
     _say(args, lines, found)
     return 0
 

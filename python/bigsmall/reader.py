@@ -299,6 +299,25 @@ class Reader:
             self._info = json.loads(_native.text_of(lambda *where: read(handle.raw, *where)))
         return self._info
 
+    def breakdown(
+        self, modes: bool = False, *, workers: int | None = None, progress: str | None = None
+    ) -> dict[str, Any]:
+        """Where the bytes of the files go, as bs_reader_breakdown gives it. Reads all payloads, or, with modes, decodes
+        every tensor."""
+        handle = self._live()
+        ffi, lib = _native.library()
+        room = 1 << 16
+        dst, length = ffi.new("char[]", room), ffi.new("size_t *")
+        _native.call_long(
+            lambda job, error: lib.bs_reader_breakdown(handle.raw, modes, dst, room, length, job, error),
+            workers=workers,
+            n_bytes=sum(tensor.n_bytes for tensor in self.tensors),
+            progress=progress,
+            paths=[self.path],
+        )
+        found: dict[str, Any] = json.loads(ffi.buffer(dst, length[0])[:])
+        return found
+
     def logical_shape(self, tensor: TensorInfo) -> tuple[int, ...]:
         """The shape that the safetensors header gives: it counts values, also where several share a byte."""
         if tensor.dtype in PACKED:
