@@ -184,13 +184,24 @@ func Unpack(values []uint16, src []byte, bits uint8) {
 // and shift zero bits below.
 func (f Field) JoinDirect(dst []byte, sym []uint16, packed []byte, size int, shift uint8) {
 	dst = dst[:size*len(sym)]
-	if up := f.Up(shift); size == 1 {
+	up, out := f.Up(shift)&15, dst
+	if size == 1 {
+		for ; len(sym) >= 4 && len(out) >= 4; sym, out = sym[4:], out[4:] {
+			s := (*[4]uint16)(sym)
+			v := uint32(s[0]) | uint32(s[1])<<8 | uint32(s[2])<<16 | uint32(s[3])<<24
+			binary.LittleEndian.PutUint32(out, v<<up) // no symbol fills more than its byte
+		}
 		for i, v := range sym {
-			dst[i] = uint8(v << (up & 15))
+			out[i] = uint8(v << up)
 		}
 	} else {
+		for ; len(sym) >= 4 && len(out) >= 8; sym, out = sym[4:], out[8:] {
+			s := (*[4]uint16)(sym)
+			v := uint64(s[0]) | uint64(s[1])<<16 | uint64(s[2])<<32 | uint64(s[3])<<48
+			binary.LittleEndian.PutUint64(out, v<<up)
+		}
 		for i, v := range sym {
-			binary.LittleEndian.PutUint16(dst[2*i:], v<<(up&15))
+			binary.LittleEndian.PutUint16(out[2*i:], v<<up)
 		}
 	}
 	f.Merge(dst, packed, size, shift)

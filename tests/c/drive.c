@@ -118,6 +118,8 @@ static void read_all(bs_reader *reader) {
     EXPECT(count == TENSORS, "%lu tensors", (unsigned long)count);
 #define INFO(dst, cap, len) bs_reader_info(reader, dst, cap, len, &error)
     TEXT(INFO);
+#define BREAKDOWN(dst, cap, len) bs_reader_breakdown(reader, 1, dst, cap, len, &job, &error)
+    TEXT(BREAKDOWN);
 #define METADATA(dst, cap, len) bs_reader_metadata(reader, dst, cap, len, &error)
     TEXT(METADATA);
     for (int i = 0; i < TENSORS; i++) {
