@@ -95,9 +95,10 @@ func (e *Encoding) GroupBytes(g int) int64 {
 // HeadLen is the length of the head, known before any block is encoded.
 func (e *Encoding) HeadLen() int { return e.headLen }
 
-// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a set.
+// MaxHead bounds the head of a tensor of so many bytes: tables have to pay for themselves, and number 16 a set; scales are
+// one byte for 16 words at most.
 func MaxHead(bytes int64) int64 {
-	return 1024 + min(bytes, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/4096
+	return 1024 + min(bytes, 2*maxFields*(MaxTables*rans.MaxTableBytes+classCount/2)) + bytes/wordsOfScale + bytes/4096
 }
 
 // MinHead is the least head of a tensor of the dtype and so many bytes: its index of blocks.

@@ -18,8 +18,10 @@ type scales struct {
 	stored   int    // a reader's: bytes that they take in the head
 }
 
-// mostScale bounds how far scales may be compressed, so that a short head cannot ask for much memory.
-const mostScale = 16
+const (
+	mostScale    = 16 // bounds how far scales may be compressed, so that a short head cannot ask for much memory
+	wordsOfScale = 16 // a number has at least so many words
+)
 
 // append appends the numbers of the rows and then of the columns, as they are or as one zstd frame, behind its length.
 func (x *scales) append(dst []byte) []byte {
@@ -48,7 +50,7 @@ func parseScales(src []byte, words uint64, cols uint32) (*scales, []byte, error)
 	}
 	data := src[4 : 4+binary.LittleEndian.Uint32(src)]
 	src, stored := src[4+len(data):], 4+len(data)
-	if uint64(cols) > words || n > mostScale*uint64(len(data)) || uint64(len(data)) > n {
+	if n > words/wordsOfScale || n > mostScale*uint64(len(data)) || uint64(len(data)) > n {
 		return nil, nil, corrupt("scales of %d rows and %d columns in %d bytes", rows, cols, len(data))
 	}
 	if uint64(len(data)) < n {
@@ -114,7 +116,7 @@ func (e *Encoding) rowLengths() (lengths []uint64) {
 	for k := len(shape) - 1; k > 0; k-- {
 		cols *= shape[k]
 		rows := total / cols
-		if rows >= 4 && cols >= 4 && cols <= mostColumns && rows+cols <= total/16 && !slices.Contains(lengths, cols) {
+		if rows >= 4 && cols >= 4 && cols <= mostColumns && rows+cols <= total/wordsOfScale && !slices.Contains(lengths, cols) {
 			lengths = append(lengths, cols)
 		}
 	}

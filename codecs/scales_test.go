@@ -108,28 +108,30 @@ func TestScalesThatDoNotPay(t *testing.T) {
 
 // What a head says of scales is checked, and bounded by what it holds.
 func TestScalesAreChecked(t *testing.T) {
-	x := &scales{row: bytes.Repeat([]byte{1, 2, 3}, 30), col: []uint8{7, 8}}
+	const cols, words = 40, 90 * 40
+	x := &scales{row: bytes.Repeat([]byte{1, 2, 3}, 30), col: make([]uint8, cols)}
 	good := x.append(nil)
-	got, rest, err := parseScales(append(bytes.Clone(good), 9), 180, 2)
+	got, rest, err := parseScales(append(bytes.Clone(good), 9), words, cols)
 	require.NoError(t, err)
 	require.Equal(t, []byte{9}, rest)
 	require.Equal(t, x.row, got.row)
 	require.Equal(t, x.col, got.col)
-	_, _, err = parseScales(good, 179, 2) // a last row of one word
+	_, _, err = parseScales(good, words-cols+1, cols) // a last row of one word
 	require.NoError(t, err)
 	for name, c := range map[string]struct {
 		src   []byte
 		words uint64
 		cols  uint32
 	}{
-		"nothing":         {nil, 180, 2},
-		"cut":             {good[:len(good)-1], 180, 2},
-		"fewer rows":      {good, 170, 2},
-		"more rows":       {good, 190, 2},
+		"nothing":         {nil, words, cols},
+		"cut":             {good[:len(good)-1], words, cols},
+		"fewer rows":      {good, words - cols, cols},
+		"more rows":       {good, words + 1, cols},
 		"wide":            {good, 1, 200},
+		"narrow":          {append([]byte{182, 0, 0, 0}, make([]byte, 182)...), 180 * 2, 2},
 		"little for many": {[]byte{1, 0, 0, 0, 5}, 1 << 40, 1 << 20},
-		"no frame":        {[]byte{10, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 180, 2},
-		"a large frame":   {append([]byte{0, 0, 16, 0}, make([]byte, 1<<20)...), 1 << 21, 1},
+		"no frame":        {[]byte{10, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, words, cols},
+		"a large frame":   {append([]byte{0, 0, 16, 0}, make([]byte, 1<<20)...), 1 << 26, 32},
 	} {
 		_, _, err := parseScales(c.src, c.words, c.cols)
 		require.Error(t, err, name)

@@ -372,9 +372,9 @@ def read_head(data: bytes, word_bytes: int, n_words: int, forms: Counter[str]) -
 
 
 def read_scales(cursor: Cursor, n_words: int, row_words: int, forms: Counter[str]) -> tuple[Array, Array]:
-    check(row_words <= n_words, "words of a row")
     n_rows = -(-n_words // row_words)
     n, length = n_rows + row_words, cursor.number(4)
+    check(16 * n <= n_words, "words of a row")
     check(length <= n <= 16 * length, "length of the scales")
     numbers = cursor.take(length)
     if length < n:
