@@ -59,6 +59,10 @@ func subjects() []subject {
 	for i := range f8 {
 		f8[i] = byte(0x28 + r.IntN(12) + r.IntN(12) + r.IntN(2)<<7)
 	}
+	scaled := make([]byte, 64*128) // of exponents that differ by row and by column
+	for i := range scaled {
+		scaled[i] = uint8(i/128/8+i%128/16+r.IntN(3))<<2 | uint8(r.IntN(2))<<7 | uint8(r.IntN(4))
+	}
 	return []subject{
 		plain("bf16", "BF16", w, 2, codecs.Balanced, codecs.CodecPlanes), plain("bf16 inference", "BF16", w, 2, codecs.Inference, codecs.CodecPlanes),
 		plain("bf16 storage", "BF16", bf16(r, 1500, 1), 2, codecs.Storage, codecs.CodecPlanes), plain("bf16 with patches", "BF16", spiky, 2, codecs.Balanced, codecs.CodecPlanes),
@@ -67,6 +71,7 @@ func subjects() []subject {
 		plain("palette", "U8", few, 1, codecs.Balanced, codecs.CodecLowcard), plain("constant", "I64", make([]byte, 240), 8, codecs.Balanced, codecs.CodecLowcard),
 		plain("stored", "U8", noise, 1, codecs.Balanced, codecs.CodecStored),
 		plain("zstd", "U8", bytes.Repeat([]byte("zstd: quick brown foxes jump over lazy dogs; "), 25), 1, codecs.Balanced, codecs.CodecPlanes),
+		{"scales", []tensor{{"a", "F8_E5M2", []uint64{64, 128}, scaled}}, core.Options{Mode: codecs.Storage}, nil, codecs.CodecPlanes},
 		{"rows", []tensor{{"a", "I16", []uint64{64, 128}, rows}}, core.Options{}, nil, codecs.CodecRowDelta},
 		{"delta", []tensor{{"a", "BF16", []uint64{400}, tuned}}, core.Options{}, []tensor{{"a", "BF16", []uint64{400}, w}}, codecs.CodecDelta},
 		{"ties and more", []tensor{{"a", "BF16", []uint64{10, 40}, w}, {"b", "BF16", []uint64{400}, w}, {"c", "F32", []uint64{40}, f32(r, 40, 1)}, {"e", "U8", []uint64{0}, nil}},
