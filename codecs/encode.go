@@ -389,8 +389,40 @@ func (e *Encoding) analyse(info dtypeInfo) error {
 	if err := e.analyseFields(exp); err != nil {
 		return err
 	}
-	if e.transform == Plain && e.shift == 0 {
-		return e.tryRows()
+	if e.transform != Plain || e.shift != 0 {
+		return nil
+	}
+	if exp > 0 && e.word > 1 && e.tensor.Mode != Inference {
+		if err := e.tryBytes(); err != nil {
+			return err
+		}
+	}
+	return e.tryRows()
+}
+
+// tryBytes looks whether the bytes of floats, each for itself, repeat for zstd: in most tensors the lowest ones are noise.
+func (e *Encoding) tryBytes() error {
+	repeats := false
+	err := e.tensor.Run(1, func(_ int, s *Scratch) error {
+		raw, _, err := e.tensor.readBlock(e.sampleBlocks()[0], e.word, false, s)
+		if err != nil {
+			return err
+		}
+		s.bytes = (planes.Cut{Size: e.word, Bits: 8}).Append(s.bytes[:0], raw, 8)
+		s.stream = zstdEncode(s.stream[:0], s.bytes, trialLevel)
+		repeats = len(s.stream)*10 < len(s.bytes)*9
+		return nil
+	})
+	if err != nil || !repeats {
+		return err
+	}
+	c := &Encoding{tensor: e.tensor, level: e.level}
+	c.Format = Format{word: e.word, words: e.words, float: e.float}
+	if err := c.analyseFields(0); err != nil {
+		return err
+	}
+	if c.size() < e.size() {
+		*e = *c
 	}
 	return nil
 }

@@ -473,3 +473,22 @@ func BenchmarkTensor(b *testing.B) {
 		}
 	})
 }
+
+// Floats whose single bytes repeat, though whole words do not, are cut into bytes for zstd.
+func TestRepeatedBytesOfFloats(t *testing.T) {
+	r := rand.New(rand.NewPCG(31, 32))
+	for _, d := range []DType{BF16, F16, F32} {
+		word := dtypes[d].word
+		raw := weights(r, d, 90_000, .02)
+		for i := range raw {
+			if i%word < word-1 { // all but the upper byte has a period
+				raw[i] = raw[i%(700*word)]
+			}
+		}
+		size, codec := roundTrip(t, tensorOf(d, raw, Balanced, 90_000), raw, nil)
+		require.Equal(t, CodecPlanes, codec)
+		require.Less(t, size, 90_000*75/100, d.String())
+		fast, _ := roundTrip(t, tensorOf(d, raw, Inference, 90_000), raw, nil)
+		require.Greater(t, fast, size)
+	}
+}
