@@ -24,8 +24,7 @@ _LANES = 32
 @triton.jit
 def _place(low, high, bits, rest, width, rotate):  # type: ignore[no-untyped-def]
     """The rest of a field, from the bit `bits` of two words on, where it belongs in the field."""
-    zero = low & 0
-    wide = tl.where(bits == 0, low, (low >> bits) | ((high << ((32 - bits) & 31)) & tl.where(bits == 0, zero, ~zero)))
+    wide = tl.where(bits == 0, low, (low >> bits) | (high << ((32 - bits) & 31)))
     v = wide & ((1 << rest) - 1)
     turned = (v >> 1) | ((v & 1) << (width - 1))
     return tl.where(rotate == 1, turned, v)

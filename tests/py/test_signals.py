@@ -260,7 +260,7 @@ print(moment - 1, "moments")
 
 
 @pytest.mark.skipif(
-    sys.version_info < (3, 10), reason="Python 3.9 tells a profiler of moments at which it looks for no signal"
+    sys.version_info < (3, 11), reason="a profiler may interrupt a generator there before it is inside its own try"
 )
 def test_control_c_at_any_moment_of_a_fetch(small: Path) -> None:
     """The same where compressed bytes have to come first: the thread that brings them ends, and lets them go."""
